@@ -1,0 +1,35 @@
+"""What every test run needs, and the traps of nbval, solved once.
+
+- nbval waits a cell's whole time limit for a kernel that has died; here a dead kernel ends the wait at once.
+- nbval compares text only. Pictures are asserted through their data in the lesson, so PNG bytes are left alone.
+"""
+
+import os
+import time
+from queue import Empty
+
+# Tests and lessons read no network and draw no window; progress bars would be outputs that never repeat.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["PYTHONHASHSEED"] = "0"
+
+
+def pytest_configure(config):
+    if not getattr(config.option, "nbval", False):
+        return
+    os.environ.pop("MPLBACKEND", None)  # a kernel draws inline
+    from nbval.kernel import RunningKernel
+
+    wait = RunningKernel.get_message
+
+    def get_message(self, stream, timeout=None):
+        end = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        while True:
+            try:
+                return wait(self, stream, timeout=max(0.01, min(1.0, end - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= end or not self.is_alive():
+                    raise
+
+    RunningKernel.get_message = get_message

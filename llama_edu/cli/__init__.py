@@ -1,0 +1,1 @@
+"""The command `llama-edu VERB`: thin functions over the package."""

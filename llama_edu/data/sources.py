@@ -1,0 +1,248 @@
+"""Documents from wherever text is: this interpreter, files and folders, compressed or not, or a Hub data set.
+
+Every reader is a generator: nothing larger than one document (or one batch of a parquet file) is in memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_edu.errors import UserError
+
+__all__ = ["BUILTIN", "Document", "Split", "held_out", "read_documents"]
+
+BUILTIN = "builtin"
+FORMATS = (".txt", ".md", ".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+# Folders of the standard library that hold test data or tables of numbers rather than text people wrote.
+_NO_PROSE = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from."""
+
+    text: str
+    name: str
+
+
+def read_documents(spec: str | Path) -> Iterator[Document]:
+    """Documents of a source, in a fixed order; empty ones are left out.
+
+    Args:
+        spec: `"builtin"` (this interpreter's documentation topics and the sources of its library, with their
+            docstrings: real text that is on every machine), a file, a folder (searched for files of the formats below),
+            a glob pattern, or `"hf:NAME"` for the training split of a Hub data set (needs the extra `hub`).
+            Formats: `.txt` and `.md` (a file is a document), `.jsonl` and `.parquet` (a row is a document, its text in
+            the field `text`), each as it is or with `.gz` or `.zst` after it.
+
+    Raises:
+        UserError: nothing is there, a file is of another format, or its content is damaged or no UTF-8; the sentence
+            names file and line or offset.
+    """
+    spec = str(spec)
+    if spec == BUILTIN:
+        readers: Iterator[Document] = _builtin()
+    elif spec.startswith("hf:"):
+        readers = _hub(spec.removeprefix("hf:"))
+    else:
+        readers = (document for path in _files(spec) for document in _read_file(path))
+    return (document for document in readers if document.text.strip())
+
+
+@dataclass(frozen=True)
+class Split:
+    """A corpus divided into text to learn from and text to be tested on."""
+
+    train: list[Document]
+    held_out: list[Document]
+
+
+def held_out(documents: Iterable[Document], *, fraction: float = 0.05, max_bytes: int = 500_000) -> Split:
+    """Put a share of the text aside, the same share every time.
+
+    Twenty documents or more are split by document, chosen by a hash of the name, so that no document is on both sides
+    and adding one moves no other. Fewer are each cut near their end, at a line break where there is one.
+
+    Args:
+        fraction: share that is put aside.
+        max_bytes: documents chosen beyond this total stay in the training part.
+
+    Raises:
+        UserError: there is no text, or too little to divide.
+    """
+    documents = list(documents)
+    if not documents:
+        raise UserError("the corpus is empty: no document with any text was found in it")
+    train, aside, size = [], [], 0
+    for document in documents:
+        if len(documents) < 20:
+            cut = max(int(len(document.text) * (1 - fraction)), len(document.text) - max_bytes // len(documents))
+            cut = document.text.rfind("\n", cut // 2, cut) + 1 or cut
+            train.append(Document(document.text[:cut], document.name))
+            aside.append(Document(document.text[cut:], document.name))
+            continue
+        digest = hashlib.blake2b(document.name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        length = len(document.text.encode())
+        if int.from_bytes(digest, "big") < fraction * 2**64 and size + length <= max_bytes:
+            aside.append(document)
+            size += length
+        else:
+            train.append(document)
+    train, aside = ([d for d in part if d.text.strip()] for part in (train, aside))
+    if not train or not aside:
+        total = sum(len(d.text) for d in documents)
+        raise UserError(
+            f"the corpus has {total} characters in {len(documents)} documents, too little to put {fraction:.0%} aside "
+            "for testing; give it more text"
+        )
+    return Split(train, aside)
+
+
+def _builtin() -> Iterator[Document]:
+    """The interpreter's own text. Which files there are differs from one Python to the next: rely on no size."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions ship it apart
+        topics = {}
+    for name in sorted(topics):
+        yield Document(topics[name], f"pydoc/{name}")
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        inside = path.relative_to(library)
+        if not _NO_PROSE & set(inside.parts[:-1]):
+            text = path.read_bytes().decode("utf-8", "ignore")  # a few sources declare a historic encoding
+            yield Document(text, f"stdlib/{inside.as_posix()}")
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """(format, compression) of a file name, each possibly empty: "a.jsonl.gz" -> (".jsonl", ".gz")."""
+    name = path.name.lower()
+    compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
+    name = name.removesuffix(compression)
+    return next((f for f in FORMATS if name.endswith(f)), ""), compression
+
+
+def _files(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _suffixes(p)[0])
+        if not files:
+            raise UserError(
+                f"the folder {path} holds no text: no file ends in {', '.join(FORMATS)}, alone or with .gz or .zst"
+            )
+        return files
+    if path.exists():
+        return [path]
+    files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not files:
+        raise UserError(f"there is no file, folder or match for {spec!r}")
+    return files
+
+
+@contextmanager
+def _open(path: Path, compression: str) -> Iterator[io.BufferedIOBase]:
+    try:
+        if compression == ".gz":
+            with gzip.open(path, "rb") as file:
+                yield file
+        elif compression == ".zst":
+            import zstandard
+
+            with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
+                yield io.BufferedReader(file)
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: permission denied") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is no whole gzip file: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("zstandard"):
+            raise UserError(f"{path} is no whole zstd file: {error}") from error
+        raise
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    kind, compression = _suffixes(path)
+    if not kind:
+        raise UserError(f"{path} is of no known format: a name ends in {', '.join(FORMATS)}, alone or with .gz or .zst")
+    with _open(path, compression) as file:
+        if kind == ".parquet":
+            yield from _parquet(path, file if compression else None)
+        elif kind == ".jsonl":
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield Document(_row(line, path, number), f"{path.as_posix()}:{number}")
+        else:
+            yield Document(_decode(file.read(), path), path.as_posix())
+
+
+def _decode(data: bytes, path: Path, line: int | None = None) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"line {line}, byte {error.start}" if line else f"offset {error.start}"
+        raise UserError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at {where}; convert it to UTF-8 or leave it out"
+        ) from error
+
+
+def _row(line: bytes, path: Path, number: int) -> str:
+    try:
+        row = json.loads(_decode(line, path, number))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise UserError(f'{path}, line {number} has no text: a line is an object with a string under "text"')
+    return row["text"]
+
+
+def _parquet(path: Path, file: io.BufferedIOBase | None) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path if file is None else pa.BufferReader(file.read()))
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"{path} has no column 'text'; its columns are {', '.join(table.schema_arrow.names)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if text is None:
+                    continue
+                if not isinstance(text, str):
+                    raise UserError(f"{path}: column 'text' holds {type(text).__name__} values, not strings")
+                yield Document(text, f"{path.as_posix()}:{number}")
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is no readable parquet file: {error}") from error
+
+
+def _hub(name: str) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError("reading a Hub data set needs the extra 'hub': pip install 'llama-edu[hub]'") from error
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("text"), str):
+                raise UserError(f"the data set {name!r} has no string field 'text'; its fields are {', '.join(row)}")
+            yield Document(row["text"], f"hf:{name}:{number}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the data set {name!r} could not be read from the Hub: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,161 @@
+"""LlamaConfig: published counts, an independent parameter count, both file formats, refusals."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig as HFConfig
+from transformers import LlamaForCausalLM
+
+from llama_edu import LlamaConfig, RopeScaling
+from llama_edu.config import ffn_width, forward_flops_per_token, parameter_counts
+
+NAMES = LlamaConfig.preset_names()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_equal_those_of_transformers(name):
+    cfg = LlamaConfig.preset(name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(HFConfig(**cfg.to_hf()))
+    assert cfg.num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_and_writes_the_same_configuration(name):
+    cfg = LlamaConfig.preset(name)
+    assert LlamaConfig.from_hf(HFConfig(**cfg.to_hf()).to_dict()) == cfg
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_params_round_trip(name):
+    cfg = LlamaConfig.preset(name)
+    back = LlamaConfig.from_meta(cfg.to_meta(), max_seq_len=cfg.max_seq_len, tie_embeddings=cfg.tie_embeddings)
+    assert back == cfg
+
+
+def test_published_params_json_of_three_generations():
+    llama1 = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-06, "vocab_size": -1}
+    assert LlamaConfig.from_meta(llama1, vocab_size=32_000, max_seq_len=2048) == LlamaConfig.preset("llama-1-7b")
+    llama3 = {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "multiple_of": 1024,
+        "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+    }
+    assert LlamaConfig.from_meta(llama3) == LlamaConfig.preset("llama-3-8b")
+    assert LlamaConfig.from_meta({**llama3, "use_scaled_rope": True}) == LlamaConfig.preset("llama-3.1-8b")
+
+
+def test_meta_without_a_vocabulary_asks_for_it():
+    with pytest.raises(ValueError, match="pass vocab_size="):
+        LlamaConfig.from_meta({"dim": 64, "n_layers": 1, "n_heads": 4, "vocab_size": -1})
+
+
+configs = st.builds(
+    lambda heads, groups, head_dim, layers, vocab, ffn, theta, scaled, tied: LlamaConfig(
+        dim=heads * groups * head_dim,
+        n_layers=layers,
+        n_heads=heads * groups,
+        n_kv_heads=heads,
+        vocab_size=vocab,
+        ffn_dim=ffn,
+        rope_theta=theta,
+        rope_scaling=RopeScaling(16.0) if scaled else None,
+        tie_embeddings=tied,
+    ),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.sampled_from([2, 8, 64, 128]),
+    st.integers(1, 5),
+    st.integers(1, 200_000),
+    st.integers(1, 9000),
+    st.sampled_from([1e4, 5e5]),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(configs)
+@settings(deadline=None)
+def test_any_configuration_survives_both_formats_and_a_dict(cfg):
+    assert LlamaConfig.from_hf(cfg.to_hf()) == cfg
+    assert LlamaConfig.from_dict(cfg.to_dict()) == cfg
+    back = LlamaConfig.from_meta(cfg.to_meta(), max_seq_len=cfg.max_seq_len, tie_embeddings=cfg.tie_embeddings)
+    assert back == cfg
+
+
+@given(configs)
+@settings(deadline=None, max_examples=20)
+def test_components_add_up(cfg):
+    assert sum(parameter_counts(cfg).values()) == cfg.num_parameters()
+
+
+def test_flops_equal_the_counter_of_torch_on_the_reference_model():
+    cfg = LlamaConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=300, ffn_dim=160)
+    model = LlamaForCausalLM(HFConfig(**cfg.to_hf(), attn_implementation="eager"))
+    seq = 32
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, seq, dtype=torch.long))
+    # The eager reference computes the whole square of scores, of which causality needs (seq + 1) / 2 a row.
+    square = 4 * cfg.n_layers * cfg.n_heads * cfg.head_dim * (seq - (seq + 1) / 2)
+    assert counter.get_total_flops() == seq * (forward_flops_per_token(cfg, seq) + square)
+
+
+@pytest.mark.parametrize("dim, width", [(4096, 11008), (5120, 13824), (6656, 17920), (8192, 22016)])
+def test_llama_1_widths_follow_from_the_rule(dim, width):
+    assert ffn_width(dim) == width
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"n_heads": 3}, "does not divide by n_heads 3"),
+        ({"n_kv_heads": 3}, "does not divide by n_kv_heads 3"),
+        ({"n_layers": 0}, "n_layers is 0"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"head_dim": 7}, "must be even"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"dim": True}, "dim is True"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_the_value(change, words):
+    with pytest.raises(ValueError, match=words):
+        LlamaConfig(**{"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 256, **change})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "mistral"}, "model_type"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "'linear'"),
+    ],
+)
+def test_what_is_no_llama_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        LlamaConfig.from_hf({**LlamaConfig.preset("llama-3.2-1b").to_hf(), **change})
+
+
+def test_unknown_names_are_refused_with_the_choice():
+    with pytest.raises(ValueError, match=r"llama-3\.1-8b"):
+        LlamaConfig.preset("llama-9-1b")
+    with pytest.raises(ValueError, match="unknown fields .* wings"):
+        LlamaConfig.from_dict({"wings": 2})
+    with pytest.raises(ValueError, match="convention"):
+        LlamaConfig.preset("llama-3-8b").train_flops(1, seq_len=1, convention="8nd")
+
+
+def test_published_memory_of_the_cache():
+    gib = lambda name: LlamaConfig.preset(name).kv_cache_bytes(LlamaConfig.preset(name).max_seq_len) / 2**30
+    assert [gib(n) for n in ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-405b", "llama-1-7b")] == [4.0, 16.0, 63.0, 1.0]
+    eight = LlamaConfig.preset("llama-3-8b")
+    assert eight.kv_cache_bytes(10, batch_size=3, dtype=torch.float32) == 6 * eight.kv_cache_bytes(10)
