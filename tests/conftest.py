@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before the package is imported anywhere: jaxtyping checks shapes, beartype checks types.
-install_import_hook("llama_edu", "beartype.beartype")
+install_import_hook("llama_edu", "typecheck.check")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -122,7 +122,7 @@ def test_llama_1_widths_follow_from_the_rule(dim, width):
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"head_dim": 7}, "must be even"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-        ({"dim": True}, "dim is True"),
+        ({"dim": 0}, "dim is 0"),
     ],
 )
 def test_impossible_shapes_are_refused_with_the_value(change, words):
@@ -148,7 +148,7 @@ def test_what_is_no_llama_is_refused(change, words):
 def test_unknown_names_are_refused_with_the_choice():
     with pytest.raises(ValueError, match=r"llama-3\.1-8b"):
         LlamaConfig.preset("llama-9-1b")
-    with pytest.raises(ValueError, match="unknown fields .* wings"):
+    with pytest.raises(ValueError, match="unknown fields in a model configuration: wings"):
         LlamaConfig.from_dict({"wings": 2})
     with pytest.raises(ValueError, match="convention"):
         LlamaConfig.preset("llama-3-8b").train_flops(1, seq_len=1, convention="8nd")

@@ -23,10 +23,9 @@ VERBS = {
 
 def usage() -> str:
     lines = [f"  {verb:10} {text}" for verb, (_, _, text) in VERBS.items()]
-    return "\n".join(
-        ["usage: llama-edu VERB [options]", "", "The Llama family, step by step. The verbs:", "", *lines, ""]
-        + ["`llama-edu VERB --help` lists the options of one; `llama-edu --version` prints the version."]
-    )
+    head = ["usage: llama-edu VERB [options]", "", "The Llama family, step by step. The verbs:", ""]
+    tail = ["", "`llama-edu VERB --help` lists the options of one; `llama-edu --version` prints the version."]
+    return "\n".join([*head, *lines, *tail])
 
 
 def run(argv: list[str]) -> int:
