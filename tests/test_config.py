@@ -150,8 +150,6 @@ def test_unknown_names_are_refused_with_the_choice():
         LlamaConfig.preset("llama-9-1b")
     with pytest.raises(ValueError, match="unknown fields in a model configuration: wings"):
         LlamaConfig.from_dict({"wings": 2})
-    with pytest.raises(ValueError, match="convention"):
-        LlamaConfig.preset("llama-3-8b").train_flops(1, seq_len=1, convention="8nd")
 
 
 def test_published_memory_of_the_cache():

@@ -1,0 +1,26 @@
+"""`llama-edu lab`: the lessons in JupyterLab."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from llama_edu.errors import UserError
+
+
+def lab(port: int = 8888, browser: bool = True) -> int:
+    """Open the lessons in JupyterLab, on this machine only.
+
+    Args:
+        port: first port to try.
+        browser: open a browser window.
+    """
+    notebooks = Path(__file__).resolve().parents[2] / "notebooks"
+    if not notebooks.is_dir():
+        raise UserError("the lessons are not beside the package: clone the repository and run `make lab` there")
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise UserError("JupyterLab is not installed: pip install 'llama-edu[notebooks]', or run `make lab`")
+    command = [sys.executable, "-m", "jupyterlab", f"--port={port}", f"--notebook-dir={notebooks}"]
+    return subprocess.run(command if browser else [*command, "--no-browser"]).returncode

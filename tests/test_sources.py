@@ -1,0 +1,148 @@
+"""Reading documents: every format comes out as it went in, and damaged files are named."""
+
+import gzip
+import json
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_edu.data.sources import Document, held_out, read_documents
+from llama_edu.errors import UserError
+
+TEXTS = ["first text\nwith two lines", "zweiter Text: Größe", "三つ目 🙂 e\u0301"]
+
+
+def texts(spec):
+    return [d.text for d in read_documents(spec)]
+
+
+def jsonl(rows):
+    return "".join(json.dumps({"text": r}, ensure_ascii=False) + "\n" for r in rows).encode()
+
+
+def parquet(rows):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": rows, "other": [1] * len(rows)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {"": lambda b: b, ".gz": gzip.compress, ".zst": lambda b: zstandard.ZstdCompressor().compress(b)}
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("kind, data", [(".jsonl", jsonl(TEXTS)), (".parquet", parquet(TEXTS))])
+def test_rows_are_documents(tmp_path, kind, data, compression):
+    file = tmp_path / f"rows{kind}{compression}"
+    file.write_bytes(PACK[compression](data))
+    assert texts(file) == TEXTS
+
+
+@pytest.mark.parametrize("compression", PACK)
+@pytest.mark.parametrize("kind", [".txt", ".md"])
+def test_a_file_is_a_document(tmp_path, kind, compression):
+    file = tmp_path / f"one{kind}{compression}"
+    file.write_bytes(PACK[compression](TEXTS[2].encode()))
+    assert list(read_documents(file)) == [Document(TEXTS[2], file.as_posix())]
+
+
+def test_folders_and_globs_are_read_in_order_and_other_files_left(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.md").write_text("a")
+    (tmp_path / "sub" / "c.txt").write_text("c")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert texts(tmp_path) == ["a", "b", "c"]
+    assert texts(f"{tmp_path}/*.txt") == ["b"]
+    assert texts(f"{tmp_path}/**/*.txt") == ["b", "c"]
+
+
+def test_the_interpreters_own_text_is_there_and_in_a_fixed_order():
+    first = list(read_documents("builtin"))
+    assert sum(len(d.text) for d in first) > 1_000_000
+    assert [d.name for d in first] == [d.name for d in read_documents("builtin")]
+    assert len({d.name for d in first}) == len(first)
+
+
+BAD = {
+    "missing.txt": (None, "no file, folder or match"),
+    "latin.txt": (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+    "list.jsonl": (b"[1]\n", "line 1 has no text"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "byte 0xe9 at line 2, byte 10"),
+    "nofield.jsonl": (b'{"body": "a"}\n', "line 1 has no text"),
+    "cut.txt.gz": (gzip.compress(b"x" * 1000)[:-9], "no whole gzip file"),
+    "not.txt.gz": (b"plain", "no whole gzip file"),
+    "not.txt.zst": (b"plain text, not zstd", "no whole zstd file"),
+    "not.parquet": (b"PAR1 but no more", "no readable parquet file"),
+    "photo.png": (b"\x89PNG", "no known format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_file_is_named_with_the_place(tmp_path, name):
+    data, words = BAD[name]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words) as caught:
+        texts(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="no column 'text'; its columns are body, id"):
+        texts(tmp_path / "x.parquet")
+
+
+def test_an_empty_folder_and_an_empty_corpus_say_so(tmp_path):
+    with pytest.raises(UserError, match="holds no text"):
+        texts(tmp_path)
+    with pytest.raises(UserError, match="the corpus is empty"):
+        held_out([])
+
+
+def test_a_hub_data_set_is_streamed_row_by_row(monkeypatch):
+    calls = []
+
+    def load_dataset(name, split, streaming):
+        calls.append((name, split, streaming))
+        return iter([{"text": t} for t in TEXTS])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert texts("hf:some/data") == TEXTS
+    assert calls == [("some/data", "train", True)]
+
+
+def test_a_hub_data_set_without_the_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"llama-edu\[hub\]"):
+        texts("hf:some/data")
+
+
+@given(st.lists(st.text(min_size=1, max_size=40).filter(str.strip), min_size=20, max_size=80, unique=True))
+def test_split_loses_nothing_and_shares_nothing(rows):
+    documents = [Document(t, f"{i}") for i, t in enumerate(rows)]
+    try:
+        split = held_out(documents, fraction=0.3)
+    except UserError:
+        return
+    assert sorted(d.name for d in split.train + split.held_out) == sorted(d.name for d in documents)
+    again = held_out([*documents, Document("one more", "new")], fraction=0.3)
+    assert {d.name for d in split.held_out} <= {d.name for d in again.held_out}
+
+
+@given(st.text(min_size=200, max_size=2000).filter(str.strip))
+def test_one_long_text_is_cut_near_its_end(text):
+    try:
+        split = held_out([Document(text, "one")])
+    except UserError:
+        return
+    assert split.train[0].text + split.held_out[0].text == text
+    assert len(split.held_out[0].text) < len(text)
