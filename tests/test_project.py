@@ -178,3 +178,10 @@ def test_a_text_of_the_project_names_no_place_of_this_machine():
         data = (ROOT / name).read_bytes()
         for place in (b"/" + b"root/", b"/" + b"work/", b"/" + b"tmp/"):
             assert place not in data, f"{name} names {place.decode()}"
+
+
+def test_the_picture_of_the_readme_is_the_lessons():
+    import readme_picture
+
+    assert readme_picture.TARGET.read_bytes() == readme_picture.picture(), "run tools/readme_picture.py"
+    assert "docs/family.png" in (ROOT / "README.md").read_text()
