@@ -22,7 +22,7 @@ __all__ = ["Exercise", "exercise"]
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Exercise:
     """A check of one exercise. Call it on an attempt to print the verdict; `diagnose` returns it.
 
