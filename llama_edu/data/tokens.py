@@ -1,0 +1,292 @@
+"""Documents as token ids on disk, and the batches a training run draws from them.
+
+A shard is a folder: `tokens.bin` (every id, little endian, documents one after the other), `documents.npy` (where each
+document begins, and the end) and `meta.json` (counts, hashes; written last). It is memory-mapped, so opening one costs
+nothing and its size is bounded by the disk alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llama_edu.errors import UserError
+
+__all__ = ["IGNORE", "Batch", "Batches", "TokenFile", "sequential_batches", "tokenizer_hash", "write_tokens"]
+
+VERSION = 1
+FLUSH_BYTES = 1 << 22
+# A target that no loss counts: torch.nn.functional.cross_entropy leaves it out by default.
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """Inputs, what each position is to predict (IGNORE: nothing), and which document each position belongs to."""
+
+    tokens: Int[Tensor, "batch seq"]
+    targets: Int[Tensor, "batch seq"]
+    document_ids: Int[Tensor, "batch seq"]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what fixes a tokenizer: the split pattern, the bytes of every id, the special tokens."""
+    special = dict(tokenizer.special_tokens)
+    digest = hashlib.sha256(str(getattr(tokenizer, "pattern", "")).encode())
+    for i in sorted(set(range(tokenizer.n_vocab)) - set(special.values())):
+        piece = tokenizer.decode_bytes([i])
+        digest.update(b"%d %d " % (i, len(piece)) + piece)
+    for text, i in sorted(special.items(), key=lambda item: item[1]):
+        digest.update(b"special %d " % i + text.encode())
+    return digest.hexdigest()
+
+
+def write_tokens(documents: Iterable[str], tokenizer: Any, out_dir: str | Path, *, progress: bool = False) -> TokenFile:
+    """Encode documents into a new shard folder. Memory holds one document, and one number for each seen before.
+
+    A document becomes its ids between the tokenizer's begin and end tokens, as far as it has them. The folder appears
+    under its name only when it is whole.
+
+    Args:
+        documents: texts; empty ones are left out.
+        tokenizer: has `encode`, `decode_bytes`, `n_vocab` and `special_tokens`; `bos_id` and `eos_id`, ids or None.
+        out_dir: the shard; must not exist yet, or be an empty folder.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: `out_dir` is taken, or there is no text.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists and is not an empty folder; choose another place for the tokens")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_shard(documents, tokenizer, partial, progress)
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return TokenFile(out)
+
+
+def _write_shard(documents: Iterable[str], tokenizer: Any, folder: Path, progress: bool) -> None:
+    from tqdm import tqdm
+
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+    ends = {name: getattr(tokenizer, f"{name}_id", None) is not None for name in ("bos", "eos")}
+    bounds, n_bytes, digest = array("q", [0]), 0, hashlib.sha256()
+    bar = tqdm(desc="encoding", unit="B", unit_scale=True, disable=None if progress else True)
+    with open(folder / "tokens.bin", "wb", buffering=FLUSH_BYTES) as file, bar:
+        for text in documents:
+            if not text:
+                continue
+            ids = np.asarray(tokenizer.encode(text, **ends), dtype=dtype)
+            file.write(ids.data)
+            digest.update(ids.data)
+            bounds.append(bounds[-1] + len(ids))
+            size = len(text.encode("utf-8", "surrogatepass"))
+            n_bytes += size
+            bar.update(size)
+        _sync(file)
+    if not n_bytes:
+        raise UserError("there is no text to encode: no document holds a character")
+    with open(folder / "documents.npy", "wb") as file:
+        np.save(file, np.frombuffer(bounds, dtype="<i8"))
+        _sync(file)
+    meta = {
+        "version": VERSION,
+        "dtype": dtype.name,
+        "n_tokens": bounds[-1],
+        "n_documents": len(bounds) - 1,
+        "n_bytes": n_bytes,
+        "vocab_size": tokenizer.n_vocab,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "tokens_sha256": digest.hexdigest(),
+    }
+    with open(folder / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+        _sync(file)
+
+
+def _sync(file) -> None:
+    """Bring what was written to the disk, so that a rename that survives a power failure names whole files."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class TokenFile:
+    """A shard written by `write_tokens`, memory-mapped.
+
+    Attributes:
+        tokens: (n_tokens,) ids, uint16 or uint32, on disk.
+        documents: (n_documents + 1,) int64; document i is `tokens[documents[i] : documents[i + 1]]`.
+        n_tokens, n_documents: counts.
+        n_bytes: UTF-8 bytes of the text.
+        vocab_size: ids are below this.
+        tokenizer_sha256: `tokenizer_hash` of the tokenizer that wrote it.
+        tokens_sha256: hash of `tokens.bin`.
+
+    Raises:
+        UserError: the folder is no whole shard; the sentence says what is wrong.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        meta_file = self.path / "meta.json"
+        if not meta_file.is_file():
+            raise UserError(f"{self.path} holds no tokens: it has no meta.json; write_tokens makes such a folder")
+        try:
+            meta = json.loads(meta_file.read_text())
+            if meta["version"] != VERSION:
+                raise UserError(f"{meta_file} is of version {meta['version']}; this program reads version {VERSION}")
+            dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
+            self.n_tokens, self.n_documents, self.n_bytes, self.vocab_size = (
+                int(meta[name]) for name in ("n_tokens", "n_documents", "n_bytes", "vocab_size")
+            )
+            self.tokenizer_sha256, self.tokens_sha256 = str(meta["tokenizer_sha256"]), str(meta["tokens_sha256"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            fault = f"{type(error).__name__}: {error}"
+            raise UserError(f"{meta_file} is damaged ({fault}); write the tokens again") from error
+        self.tokens = self._map("tokens.bin", dtype)
+        try:
+            self.documents = np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / 'documents.npy'} is damaged: {error}; write the tokens again") from error
+        bounds = self.documents
+        if (
+            bounds.shape != (self.n_documents + 1,)
+            or bounds.dtype != np.int64
+            or (bounds[0], bounds[-1])
+            != (
+                0,
+                self.n_tokens,
+            )
+        ):
+            raise UserError(f"{self.path / 'documents.npy'} does not fit meta.json; write the tokens again")
+
+    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        file, expected = self.path / name, self.n_tokens * dtype.itemsize
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected or not expected:
+            raise UserError(f"{file} has {size} bytes where meta.json says {expected}; write the tokens again")
+        return np.memmap(file, dtype=dtype, mode="r")
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __repr__(self) -> str:
+        return f"TokenFile({str(self.path)!r}: {self.n_tokens:,} tokens in {self.n_documents:,} documents)"
+
+    def verify(self) -> None:
+        """Read every token and compare with the hash. Raises UserError where a byte has changed."""
+        digest = hashlib.sha256()
+        for start in range(0, self.n_tokens, FLUSH_BYTES):
+            digest.update(np.ascontiguousarray(self.tokens[start : start + FLUSH_BYTES]).data)
+        if digest.hexdigest() != self.tokens_sha256:
+            raise UserError(f"{self.path / 'tokens.bin'} has changed since it was written; write the tokens again")
+
+    def windows(self, starts: np.ndarray, seq_len: int) -> Batch:
+        """The batch whose row i reads `seq_len` tokens from `starts[i]` on, targets one further.
+
+        What lies beyond the end of the file is token 0 without a target.
+        """
+        at = starts[:, None] + np.arange(seq_len + 1)
+        ids = self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64)
+        inside = at < self.n_tokens
+        tokens = np.where(inside[:, :-1], ids[:, :-1], 0)
+        targets = np.where(inside[:, 1:], ids[:, 1:], IGNORE)
+        documents = np.searchsorted(self.documents, at[:, :-1], side="right") - 1
+        return Batch(*(torch.from_numpy(a) for a in (tokens, targets, documents)))
+
+
+class Batches:
+    """Training batches as a function of the step: nothing to save, nothing to rewind.
+
+    The file is cut into windows of `seq_len` tokens; an epoch visits every window once, in an order of its own that
+    follows from seed and epoch. A batch may end one epoch and begin the next. What remains after the last whole window
+    is left out.
+
+    Args:
+        token_file: where the tokens are.
+        batch_size: sequences in a batch.
+        seq_len: tokens in a sequence.
+        seed: of the order.
+
+    Raises:
+        UserError: the file does not fill one batch.
+    """
+
+    def __init__(self, token_file: TokenFile, batch_size: int, seq_len: int, seed: int) -> None:
+        self.token_file, self.batch_size, self.seq_len, self.seed = token_file, batch_size, seq_len, seed
+        self.n_windows = (token_file.n_tokens - 1) // seq_len
+        if self.n_windows < batch_size:
+            raise UserError(
+                f"the corpus has {token_file.n_tokens} tokens, less than the {batch_size * seq_len + 1} of one batch of "
+                f"{batch_size} sequences of {seq_len}: give it more text, or lower batch_size or seq_len"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        epoch, position = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.n_windows)
+        windows = shuffled(position, self.n_windows, self.seed, epoch)
+        return self.token_file.windows(windows * self.seq_len, self.seq_len)
+
+
+def sequential_batches(
+    token_file: TokenFile, batch_size: int, seq_len: int, *, max_batches: int | None = None
+) -> Iterator[Batch]:
+    """Every token once, in order, for evaluation; with `max_batches`, windows spread evenly over the file instead.
+
+    All batches have the same shape; rows and positions beyond the end have no targets.
+    """
+    n_windows = max(1, -(-(token_file.n_tokens - 1) // seq_len))
+    windows = np.arange(n_windows)
+    if max_batches is not None and max_batches * batch_size < n_windows:
+        chosen = max_batches * batch_size
+        windows = windows[:chosen] * n_windows // chosen
+    rest = -len(windows) % batch_size
+    windows = np.concatenate([windows, np.full(rest, n_windows)])
+    for rows in windows.reshape(-1, batch_size):
+        yield token_file.windows(rows * seq_len, seq_len)
+
+
+def shuffled(position: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
+    """Where `position` (0 to n - 1) stands in a random order of n things, one order for each seed and epoch.
+
+    A Feistel network turns half of the bits by a hash of the other half, again and again: a bijection of the numbers
+    below a power of four, at no memory. Results beyond n - 1 go through it again until they fall inside, which keeps it
+    a bijection (Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    key = _mix(_mix(np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)) ^ np.broadcast_to(epoch, position.shape).astype(np.uint64))
+    out = position.astype(np.uint64)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & low
+        for turn in range(8):
+            left, right = right, left ^ (_mix(right ^ key[todo] ^ np.uint64(turn << 56)) & low)
+        out[todo] = left << half | right
+        todo &= out >= n
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit of the input reaches all of them."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
