@@ -16,16 +16,17 @@ from .manual import is_manual
 # %% auto #0
 __all__ = ['RMSNorm']
 
-# %% ../../notebooks/20_rmsnorm.ipynb #6f7d00b0
+# %% ../../notebooks/20_rmsnorm.ipynb #3af1221d
 class ManualRMSNorm(torch.autograd.Function):
     """RMSNorm with its backward pass by hand. Keeps the input and one number a vector."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inv_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inv_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inv_rms)
-        return (wide * inv_rms * weight).to(x.dtype)
+        return (x * inv_rms).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -33,20 +34,21 @@ class ManualRMSNorm(torch.autograd.Function):
         x, weight, inv_rms = ctx.saved_tensors
         unit = x * inv_rms
         grad = grad.to(unit.dtype)
-        grad_unit = grad * weight
-        grad_x = (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True)) * inv_rms
-        grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        product = grad * unit
+        grad_weight = product.flatten(0, -2).sum(0) if x.dim() > 1 else product.clone()
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        grad_x = (grad * weight).addcmul_(unit, along, value=-1).mul_(inv_rms)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
-# %% ../../notebooks/20_rmsnorm.ipynb #5bc50b4a
+# %% ../../notebooks/20_rmsnorm.ipynb #9d231644
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale each feature by a learned weight.
+
+    The mean square is taken in float32 at least; the result has the dtype of the input and is rounded to it once.
 
     Args:
         dim: length of the vectors.
         eps: added to the mean square, inside the root.
-
-    The mean square is taken in float32 whatever the dtype of the input; the result has the dtype of the input.
 
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
@@ -57,7 +59,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        if is_manual():
+        # PyTorch has a fused kernel on a GPU and makes one when it compiles, but none for eager code on a CPU.
+        unfused = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+        if is_manual(default=unfused):
             return ManualRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
