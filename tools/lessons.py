@@ -96,6 +96,9 @@ def export(root: Path, lessons: Iterable[Path]) -> dict[str, Path]:
                 source = os.path.relpath(path, target.parent)
                 target.write_text(f"{GENERATED} File to edit: {source}.\n\n# %% auto #0\n__all__ = []\n")
         nb_export(path, lib_path=root / PACKAGE)
+        for module in modules[1:]:  # nbdev leaves what it appends to without an end of line
+            target = root / PACKAGE / (module.replace(".", "/") + ".py")
+            target.write_text(target.read_text().rstrip() + "\n")
     return owner
 
 
