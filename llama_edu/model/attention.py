@@ -5,20 +5,249 @@
 # %% ../../notebooks/22_attention.ipynb #77165f55
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..config import LlamaConfig
+from .manual import is_manual
 from .rope import apply_rope
 
 # %% auto #0
-__all__ = ['Cache', 'causal_mask', 'document_mask', 'ScaledDotProduct', 'Attention']
+__all__ = ['causal_mask', 'attention_weights', 'document_mask', 'mean_pool_heads', 'tiled_attention', 'ManualAttention',
+           'ScaledDotProduct', 'FlexAttention', 'Cache', 'Attention']
+
+# %% ../../notebooks/22_attention.ipynb #71f2426b
+def causal_mask(positions: Int[Tensor, "batch queries"], n_keys: int) -> Bool[Tensor, "batch 1 queries {n_keys}"]:
+    """Which keys each query may see: key j stands at position j and is seen from there on.
+
+    Args:
+        positions: position of each query.
+        n_keys: number of keys.
+
+    Example:
+        >>> causal_mask(torch.tensor([[1, 2]]), 4)[0, 0].int()
+        tensor([[1, 1, 0, 0],
+                [1, 1, 1, 0]], dtype=torch.int32)
+    """
+    keys = torch.arange(n_keys, device=positions.device)
+    return (keys <= positions[..., None])[:, None]
+
+# %% ../../notebooks/22_attention.ipynb #248f32d1
+def attention_weights(
+    q: Float[Tensor, "batch heads queries head_dim"],
+    k: Float[Tensor, "batch kv_heads keys head_dim"],
+    mask: Bool[Tensor, "#batch 1 queries keys"] | None = None,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """The weights of attention, written as the formula: for pictures and as a reference.
+
+    Args:
+        mask: True where a query may look; None is the causal mask. A row without any True gives zeros.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.2.1.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = einsum(q, k, "b h q d, b h k d -> b h q k") / q.shape[-1] ** 0.5
+    if mask is None:
+        mask = torch.ones_like(scores[:1, :1], dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
+
+# %% ../../notebooks/22_attention.ipynb #c850fa43
+def document_mask(document_ids: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Causal inside each document, nothing across, for documents packed into one sequence.
+
+    Args:
+        document_ids: tokens with the same number belong together.
+
+    Example:
+        >>> document_mask(torch.tensor([[0, 0, 1]]))[0, 0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [0, 0, 1]], dtype=torch.int32)
+    """
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril()[:, None]
+
+# %% ../../notebooks/22_attention.ipynb #848ef261
+def mean_pool_heads(
+    w: Float[Tensor, "rows cols"], head_dim: int, n_kv_heads: int
+) -> Float[Tensor, "{n_kv_heads}*{head_dim} cols"]:
+    """Fewer key or value heads: each is the mean of the consecutive heads it replaces.
+
+    Args:
+        w: weight of wk or wv, heads stacked along the rows.
+        n_kv_heads: heads wanted, a divisor of those in `w`.
+
+    Source: Ainslie et al., arXiv 2305.13245, section 2.1.
+    """
+    if w.shape[0] % (head_dim * n_kv_heads):
+        raise ValueError(
+            f"{w.shape[0]} rows hold {w.shape[0] / head_dim:g} heads of {head_dim}; they do not pool into {n_kv_heads}"
+        )
+    return reduce(w, "(kv group d) cols -> (kv d) cols", "mean", kv=n_kv_heads, d=head_dim)
+
+# %% ../../notebooks/22_attention.ipynb #45d80874
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of the masked scores, with the rows and columns they cover.
+
+    Shapes: q (b, kv, group, queries, d), k (b, kv, keys, d). `mask` None is causal; tiles wholly in the future are left
+    out then.
+    """
+    (queries, d), keys = q.shape[-2:], k.shape[-2]
+    for top in range(0, queries, tile):
+        rows = slice(top, min(top + tile, queries))
+        for left in range(0, keys if mask is not None else rows.stop, tile):
+            cols = slice(left, min(left + tile, keys))
+            s = einsum(q[..., rows, :], k[..., cols, :], "b n g q d, b n k d -> b n g q k") * d**-0.5
+            if mask is not None:
+                s = s.masked_fill(~mask[:, :, None, rows, cols], -torch.inf)
+            elif cols.stop > rows.start + 1:
+                s = s.masked_fill(torch.ones_like(s[0, 0, 0], dtype=torch.bool).triu(top - left + 1), -torch.inf)
+            yield rows, cols, s
+
+# %% ../../notebooks/22_attention.ipynb #cfabb4ad
+def tiled_attention(
+    q: Float[Tensor, "batch heads queries head_dim"],
+    k: Float[Tensor, "batch kv_heads keys head_dim"],
+    v: Float[Tensor, "batch kv_heads keys head_dim"],
+    mask: Bool[Tensor, "#batch 1 queries keys"] | None = None,
+    *,
+    tile: int = 128,
+) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention without the table of weights: the output, and the log of each softmax denominator.
+
+    Args:
+        mask: True where a query may look; None is the causal mask, for as many queries as keys.
+        tile: queries and keys in one tile. Extra memory grows with its square, not with the context's.
+
+    The sums are kept in float32 at least. A query that sees nothing gets zeros, and -inf.
+
+    Source: Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135, algorithm 1.
+    """
+    dtype = q.dtype
+    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
+    q = rearrange(q, "b (n g) q d -> b n g q d", n=k.shape[1])
+    top = q.new_full(q.shape[:-1], -torch.inf)
+    total, mixed = torch.zeros_like(top), torch.zeros_like(q)
+    for rows, cols, s in _scores(q, k, mask, tile):
+        new_top = torch.maximum(top[..., rows], s.amax(-1))
+        base = new_top.masked_fill(new_top == -torch.inf, 0)  # nothing seen yet: any base will do
+        shrink, p = torch.exp(top[..., rows] - base), torch.exp(s - base[..., None])
+        total[..., rows] = total[..., rows] * shrink + p.sum(-1)
+        weighted = einsum(p, v[..., cols, :], "b n g q k, b n k d -> b n g q d")
+        mixed[..., rows, :] = mixed[..., rows, :] * shrink[..., None] + weighted
+        top[..., rows] = new_top
+    out = mixed / total.masked_fill(total == 0, 1)[..., None]
+    return rearrange(out, "b n g q d -> b (n g) q d").to(dtype), (top + total.log()).flatten(1, 2)
+
+# %% ../../notebooks/22_attention.ipynb #5cf40001
+class ManualAttention(torch.autograd.Function):
+    """Tiled attention with its backward pass by hand. Keeps inputs, output and one number a query.
+
+    Source: Dao et al., arXiv 2205.14135, algorithm 4.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tile: int = 128) -> Tensor:
+        out, lse = tiled_attention(q, k, v, mask, tile=tile)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.tile = tile
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        dtype, n = q.dtype, k.shape[1]
+        q, k, v, grad, out = (x.to(lse.dtype) for x in (q, k, v, grad, out))
+        q, grad, out = (rearrange(x, "b (n g) q d -> b n g q d", n=n) for x in (q, grad, out))
+        lse = rearrange(lse, "b (n g) q -> b n g q 1", n=n)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing: its weights become e^-inf = 0
+        row_sums = (grad * out).sum(-1, keepdim=True)
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, cols, s in _scores(q, k, mask, ctx.tile):
+            p, g = torch.exp(s - lse[..., rows, :]), grad[..., rows, :]
+            grad_v[..., cols, :] += einsum(p, g, "b n g q k, b n g q d -> b n k d")
+            grad_p = einsum(g, v[..., cols, :], "b n g q d, b n k d -> b n g q k")
+            grad_s = p * (grad_p - row_sums[..., rows, :]) * q.shape[-1] ** -0.5
+            grad_q[..., rows, :] += einsum(grad_s, k[..., cols, :], "b n g q k, b n k d -> b n g q d")
+            grad_k[..., cols, :] += einsum(grad_s, q[..., rows, :], "b n g q k, b n g q d -> b n k d")
+        return grad_q.flatten(1, 2).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
+
+# %% ../../notebooks/22_attention.ipynb #40f3c31d
+class ScaledDotProduct(nn.Module):
+    """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels, or by hand inside `manual_backward()`.
+
+    The inner product of attention is a module without parameters, so that it can be exchanged from outside:
+    `FlexAttention` and context parallelism do that. `mask` is True where a query may look; None is the causal mask,
+    for as many queries as keys, and the quickest. Rows without any True give zeros.
+    """
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        k: Float[Tensor, "batch kv_heads keys head_dim"],
+        v: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Bool[Tensor, "#batch 1 queries keys"] | None = None,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        if is_manual():
+            return ManualAttention.apply(q, k, v, mask)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+
+# %% ../../notebooks/22_attention.ipynb #f11a05ed
+_is_past = lambda batch, head, query, key: query >= key
+
+
+class FlexAttention(nn.Module):
+    """Inner product by `flex_attention`, which skips blocks that a mask hides. An alternative to `ScaledDotProduct`.
+
+    Args:
+        compile: compile the kernel, which is what makes it quick; None does so where there is a GPU. Uncompiled it
+            computes the whole table of weights.
+
+    On a CPU there is no backward pass: call it under `torch.no_grad()`.
+
+    Example:
+        >>> for layer in model.layers.values():
+        ...     layer.attention.inner = FlexAttention()
+    """
+
+    def __init__(self, compile: bool | None = None) -> None:
+        super().__init__()
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compile = torch.cuda.is_available() if compile is None else compile
+        self.kernel = torch.compile(flex_attention) if compile else flex_attention
+        self.causal = None  # the last causal block mask and what it was made for
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch heads queries head_dim"],
+        k: Float[Tensor, "batch kv_heads keys head_dim"],
+        v: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Bool[Tensor, "#batch 1 queries keys"] | None = None,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        size = (q.shape[2], k.shape[2], q.device)
+        if mask is not None:
+            visible = mask.expand(q.shape[0], -1, -1, -1)
+            blocks = create_block_mask(lambda b, h, i, j: visible[b, 0, i, j], q.shape[0], None, *size)
+        else:
+            if self.causal is None or self.causal[0] != size:
+                self.causal = (size, create_block_mask(_is_past, None, None, *size))
+            blocks = self.causal[1]
+        return self.kernel(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 # %% ../../notebooks/22_attention.ipynb #20c92378
+@runtime_checkable
 class Cache(Protocol):
     """What attention asks of a cache of keys and values. `KVCache` of lesson 50 is one."""
 
@@ -37,37 +266,13 @@ class Cache(Protocol):
         """Count `seq` more tokens as stored, after all layers have stored them."""
 
 # %% ../../notebooks/22_attention.ipynb #2c5851f6
-def causal_mask(positions: Int[Tensor, "batch queries"], n_keys: int) -> Bool[Tensor, "batch 1 queries {n_keys}"]:
-    """Which keys each query may see: key j stands at position j, and j <= the position of the query."""
-    keys = torch.arange(n_keys, device=positions.device)
-    return (keys <= positions[..., None])[:, None]
-
-# %% ../../notebooks/22_attention.ipynb #8be627af
-def document_mask(document_ids: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-    """Causal inside each document, nothing across: for several documents packed into one sequence."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril()[:, None]
-
-# %% ../../notebooks/22_attention.ipynb #8e2ca3db
-class ScaledDotProduct(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels."""
-
-    def forward(
-        self,
-        q: Float[Tensor, "batch heads queries head_dim"],
-        k: Float[Tensor, "batch kv_heads keys head_dim"],
-        v: Float[Tensor, "batch kv_heads keys head_dim"],
-        mask: Bool[Tensor, "#batch 1 queries keys"] | None = None,
-    ) -> Float[Tensor, "batch heads queries head_dim"]:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-
-# %% ../../notebooks/22_attention.ipynb #5c427f94
 class Attention(nn.Module):
     """Causal self-attention in which groups of query heads share a key/value head.
 
     Args:
         cfg: `dim`, `n_heads`, `n_kv_heads` and `head_dim` are used.
+
+    Source: Ainslie et al., arXiv 2305.13245; names as in meta-llama/llama3, llama/model.py.
     """
 
     def __init__(self, cfg: LlamaConfig) -> None:
@@ -88,8 +293,18 @@ class Attention(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch seq dim"]:
+        """Mix information between positions.
+
+        Args:
+            cos, sin: rows of `rope_table` at the positions of `x`.
+            mask: True where a query may look; None is causal, after what the cache holds.
+            cache: keys and values of earlier tokens; those of `x` are added.
+            layer: which layer of the cache is this one's.
+        """
         batch, seq, _ = x.shape
-        q, k, v = (w(x).view(batch, seq, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q = self.wq(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        k = self.wk(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        v = self.wv(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)

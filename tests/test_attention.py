@@ -1,0 +1,191 @@
+"""Attention: masks, grouped heads, the tiled version by hand, and the interchangeable inner products."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_edu.config import LlamaConfig
+from llama_edu.model.attention import (
+    Attention,
+    FlexAttention,
+    ManualAttention,
+    ScaledDotProduct,
+    attention_weights,
+    causal_mask,
+    document_mask,
+    mean_pool_heads,
+    tiled_attention,
+)
+from llama_edu.model.manual import manual_backward
+from llama_edu.model.rope import rope_table
+
+
+def heads(batch=2, n_heads=4, n_kv_heads=2, seq=12, head_dim=8, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, h, seq, head_dim, dtype=dtype, generator=g) for h in (n_heads, n_kv_heads, n_kv_heads)]
+
+
+def plain(q, k, v, mask=None):
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return attention_weights(q, k, mask) @ v
+
+
+def attention(**kwargs):
+    torch.manual_seed(0)
+    cfg = LlamaConfig(**{"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 1, **kwargs})
+    return Attention(cfg), [t[None] for t in rope_table(cfg, 64)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    seq=st.integers(1, 20),
+    tile=st.integers(1, 24),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_tiles_of_any_size_give_attention_and_its_gradients(batch, kv, group, seq, tile, masked, seed):
+    inputs = [x.requires_grad_() for x in heads(batch, kv * group, kv, seq, 4, seed=seed)]
+    mask = None
+    if masked:  # any mask at all, with empty rows
+        mask = torch.rand(batch, 1, seq, seq, generator=torch.Generator().manual_seed(seed)) < 0.3
+    out, expected = ManualAttention.apply(*inputs, mask, tile), plain(*inputs, mask)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(out)
+    ours, theirs = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_manual_backward_passes_gradcheck():
+    inputs = [x.requires_grad_() for x in heads(1, 4, 2, 5, 4)]
+    assert torch.autograd.gradcheck(lambda *a: ManualAttention.apply(*a, None, 2), inputs)
+
+
+def test_log_denominators_are_those_of_softmax():
+    q, k, v = heads(n_kv_heads=4)
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(12, 12).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(tiled_attention(q, k, v, tile=5)[1], scores.logsumexp(-1))
+
+
+def test_tiled_sums_in_float32_for_half_precision():
+    q, k, v = heads(seq=300, dtype=torch.bfloat16)
+    out = tiled_attention(q, k, v)[0]
+    assert out.dtype == torch.bfloat16
+    exact = plain(q.double(), k.double(), v.double())
+    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=2**-8)
+
+
+@pytest.mark.parametrize("inner", [ScaledDotProduct(), FlexAttention(compile=False)], ids=["sdpa", "flex"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_inner_products_agree_with_the_formula(inner, n_kv_heads):
+    q, k, v = heads(n_kv_heads=n_kv_heads, seq=40, head_dim=16, dtype=torch.float32)
+    documents = torch.arange(40).div(15, rounding_mode="floor").expand(2, -1)
+    blind = document_mask(documents)
+    blind[0, :, 20] = False
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for mask in (None, document_mask(documents), blind, blind[:1]):
+            torch.testing.assert_close(inner(q, k, v, mask), plain(q, k, v, mask), atol=2e-6, rtol=0)
+        assert (inner(q, k, v, blind)[0, :, 20] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("manual", [False, True])
+def test_rows_that_see_nothing_give_zeros_and_finite_gradients(dtype, manual):
+    inputs = [x.requires_grad_() for x in heads(seq=200, dtype=dtype)]
+    mask = causal_mask(torch.arange(200).expand(2, -1), 200)
+    mask[:, :, :30] = False
+    with manual_backward(manual):
+        out = ScaledDotProduct()(*inputs, mask)
+    out.float().square().sum().backward()
+    assert (out[:, :, :30] == 0).all() and out.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    assert (inputs[0].grad[:, :, :30] == 0).all()
+
+
+def test_no_token_sees_the_future():
+    layer, (cos, sin) = attention()
+    x = torch.randn(2, 10, 32)
+    y = x.clone()
+    y[:, 7:] += 1
+    before, after = (layer(t, cos[:, :10], sin[:, :10]) for t in (x, y))
+    torch.testing.assert_close(before[:, :7], after[:, :7], atol=1e-6, rtol=0)
+    assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-3)
+
+
+def test_packed_documents_equal_separate_runs():
+    layer, (cos, sin) = attention()
+    x, documents = torch.randn(1, 12, 32), torch.tensor([[0] * 5 + [1] * 4 + [7] * 3])
+    packed = layer(x, cos[:, :12], sin[:, :12], document_mask(documents))
+    for i in (0, 1, 7):
+        own = x[:, documents[0] == i]
+        alone = layer(own, cos[:, : own.shape[1]], sin[:, : own.shape[1]])
+        torch.testing.assert_close(packed[:, documents[0] == i], alone, atol=1e-5, rtol=0)
+
+
+def test_causal_mask_counts_positions_from_zero():
+    mask = causal_mask(torch.tensor([[0, 1], [3, 4]]), 5)
+    assert mask.shape == (2, 1, 2, 5)
+    assert mask.sum(-1).flatten().tolist() == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"n_kv_heads": 1}, {"n_kv_heads": 4, "head_dim": 16}], ids=["gqa", "mqa", "wide"]
+)
+def test_manual_and_automatic_gradients_of_the_module_agree(kwargs):
+    layer, (cos, sin) = attention(**kwargs)
+    layer = layer.double()
+    x = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
+    found = []
+    for manual in (False, True):
+        with manual_backward(manual):
+            out = layer(x, cos[:, :9].double(), sin[:, :9].double())
+        found.append(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+
+
+def test_equal_heads_pool_to_themselves():
+    one = torch.randn(2, 1, 8, 5)
+    pooled = mean_pool_heads(one.expand(2, 3, 8, 5).reshape(48, 5), 8, 2)
+    torch.testing.assert_close(pooled, one.reshape(16, 5))
+    with pytest.raises(ValueError, match="do not pool into 5"):
+        mean_pool_heads(torch.randn(48, 5), 8, 5)
+
+
+def test_a_pooled_module_of_equal_heads_computes_the_same():
+    full, (cos, sin) = attention(n_kv_heads=4)
+    few, _ = attention(n_kv_heads=2)
+    with torch.no_grad():
+        for name in ("wk", "wv"):
+            w = getattr(full, name).weight
+            w.view(2, 2, 8, 32).copy_(w.view(2, 2, 8, 32)[:, :1].clone().expand(-1, 2, -1, -1))
+            getattr(few, name).weight.copy_(mean_pool_heads(w, 8, 2))
+        few.wq.weight.copy_(full.wq.weight)
+        few.wo.weight.copy_(full.wo.weight)
+    x = torch.randn(1, 9, 32)
+    torch.testing.assert_close(few(x, cos[:, :9], sin[:, :9]), full(x, cos[:, :9], sin[:, :9]), atol=1e-6, rtol=0)
+
+
+def test_flex_attention_in_the_module():
+    layer, (cos, sin) = attention()
+    x = torch.randn(2, 20, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = layer(x, cos[:, :20], sin[:, :20])
+        layer.inner = FlexAttention(compile=False)
+        torch.testing.assert_close(layer(x, cos[:, :20], sin[:, :20]), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_computes_the_same():
+    q, k, v = heads(seq=64, head_dim=16, dtype=torch.float32)
+    inner = FlexAttention(compile=True)
+    mask = document_mask(torch.arange(64).div(20, rounding_mode="floor").expand(2, -1))
+    with torch.no_grad():
+        for m in (None, mask):
+            torch.testing.assert_close(inner(q, k, v, m), plain(q, k, v, m), atol=2e-6, rtol=0)
