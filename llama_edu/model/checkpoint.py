@@ -342,7 +342,8 @@ def _open(folder: Path) -> _Checkpoint:
 
 
 def _tensors(pieces: list[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
-    """Every piece with its numbers, one at a time."""
+    """Every piece with its numbers, one at a time: copy them, the next piece may overwrite them."""
+    scratch = torch.empty(max(p.entry.nbytes for p in pieces), dtype=torch.uint8)
     for file, group in groupby(pieces, key=lambda p: p.entry.file):
         if file.suffix == ".pth":
             here = {p.entry.name: p for p in group}
@@ -350,7 +351,7 @@ def _tensors(pieces: list[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
                 yield here[name], tensor
         else:
             for piece in group:
-                yield piece, read_tensor(piece.entry)
+                yield piece, read_tensor(piece.entry, scratch)
 
 
 @torch.no_grad()

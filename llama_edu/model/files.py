@@ -125,8 +125,11 @@ def _protobuf_fields(raw: bytes) -> Iterator[int]:
     try:
         while at < len(raw):
             key = varint()
-            width = {0: None, 1: 8, 2: None, 5: 4}[key & 7]
-            at += varint() if key & 7 == 2 else 0 if key & 7 == 0 and varint() >= 0 else width
+            if key & 7 == 0:
+                varint()
+            else:
+                length = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
+                at += length
             yield key >> 3
     except (IndexError, KeyError):
         return

@@ -103,9 +103,15 @@ def _bytes(t: Tensor) -> memoryview:
     return memoryview(t.detach().reshape(-1).view(torch.uint8).numpy())
 
 
-def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor, and nothing else of its file."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+def read_tensor(entry: TensorEntry, scratch: Tensor | None = None) -> Tensor:
+    """Read one tensor, and nothing else of its file.
+
+    Args:
+        scratch: bytes to read into, at least `entry.nbytes` of them; None takes new ones. Reused from tensor to tensor,
+            they keep the memory of a whole reading to that of its largest tensor.
+    """
+    scratch = torch.empty(entry.nbytes, dtype=torch.uint8) if scratch is None else scratch[: entry.nbytes]
+    tensor = scratch.view(entry.dtype).view(entry.shape)
     rest = _bytes(tensor)
     with open(entry.file, "rb", buffering=0) as f:
         f.seek(entry.start)
