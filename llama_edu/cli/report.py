@@ -22,7 +22,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
        max-width: 46rem; padding: 1.5rem 1rem 4rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.4rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1.2rem .3rem 0;
-        border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+        border-bottom: 1px solid var(--line); } td { overflow-wrap: anywhere; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { font-size: .9rem; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -70,8 +70,8 @@ def training_figure(steps, loss, lr, tokens_per_second, held_out: tuple[Sequence
     """Loss (training and held-out), learning rate and speed against the step."""
     fig, (top, middle, bottom) = _canvas(nrows=3, sharex=True, figsize=(7.2, 6), height_ratios=[3, 1, 1])
     top.plot(steps, loss, color=plotting.SKY, lw=0.8, label="training, each step")
-    width = max(1, len(loss) // 50)
-    if len(loss) >= width:
+    width = len(loss) // 50
+    if width > 1:
         smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
         top.plot(steps[width - 1 :], smooth, color=plotting.BLUE, label=f"training, mean of {width}")
     if held_out[0]:
@@ -114,7 +114,7 @@ def token_figure(lengths: np.ndarray, counts: np.ndarray) -> Figure:
 def attention_figure(weights: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """One head's attention over a short text."""
     fig, ax = _canvas(figsize=(7.2, 6.4))
-    image = ax.imshow(weights, vmin=0, vmax=1)
+    image = ax.imshow(weights, vmin=0, vmax=weights[1:].max())  # the first token can only look at itself
     ticks = range(len(labels))
     # Text from outside is drawn as it is: a dollar sign must not start matplotlib's mathematics.
     shown = [label.replace("$", r"\$") for label in labels]

@@ -6,6 +6,9 @@ import hashlib
 import json
 import lzma
 import math
+import os
+import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -229,10 +232,14 @@ def unigram_bits(seen: TokenFile, new: TokenFile) -> float:
 
 
 def prompts_from(shard: TokenFile, n: int) -> list[list[int]]:
-    """Beginnings of the longest held-out documents: text the model has not seen."""
-    bounds = shard.documents
-    longest = np.argsort(np.diff(bounds), kind="stable")[::-1][:n]
-    return [shard.tokens[bounds[i] : bounds[i] + PROMPT_TOKENS].tolist() for i in sorted(longest)]
+    """Pieces of the held-out text, which the model has not seen: how its longest documents begin, or, where it has
+    fewer than `n`, pieces from evenly spaced places."""
+    lengths = np.diff(shard.documents)
+    if len(lengths) >= n:
+        starts = np.sort(shard.documents[np.argsort(-lengths, kind="stable")[:n]])
+    else:
+        starts = np.arange(n) * max(0, shard.n_tokens - PROMPT_TOKENS) // n
+    return [shard.tokens[start : start + PROMPT_TOKENS].tolist() for start in starts]
 
 
 def write_samples(model: Transformer, tokenizer: BPETokenizer, shard: TokenFile, seed: int) -> list[report.Sample]:
@@ -385,7 +392,8 @@ def summary(
         ("tokenizer.model", "the tokenizer as a tiktoken rank file"),
     ):
         print(f"  {out / name}  {what}")
+    command = "llama-edu" if shutil.which("llama-edu") else os.path.relpath(Path(sys.executable).with_name("llama-edu"))
     print("\nwhat to try next:")
-    print(f"  llama-edu generate --model {out / 'model'} --prompt 'def '")
-    print("  llama-edu tour --data YOUR_TEXT.txt --out another-tour")
+    print(f"  {command} generate --model {out / 'model'} --prompt 'def '")
+    print(f"  {command} tour --data YOUR_TEXT.txt --out another-tour")
     print("  make lab        the lessons, starting with 00_llama_family")
