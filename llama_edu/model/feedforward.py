@@ -16,14 +16,14 @@ from .manual import is_manual
 # %% auto #0
 __all__ = ['FeedForward']
 
-# %% ../../notebooks/23_swiglu.ipynb #2aadcb55
+# %% ../../notebooks/23_swiglu.ipynb #a0d2ffb0
 class ManualSwiGLU(torch.autograd.Function):
     """silu(gate) * up with its backward pass by hand. Keeps the two inputs and recomputes the rest."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -31,17 +31,18 @@ class ManualSwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
-        return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
+        grad_gate = (gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
+        return grad_gate, silu.mul_(grad)
 
-# %% ../../notebooks/23_swiglu.ipynb #ab9c6624
+# %% ../../notebooks/23_swiglu.ipynb #b7aa855d
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x), the SwiGLU layer.
+    """The SwiGLU layer, w2(silu(w1 x) * w3 x), without biases.
 
     Args:
         dim: width of the residual stream.
-        ffn_dim: width inside.
+        ffn_dim: width inside; `ffn_width` gives Meta's choice.
 
-    Source: Shazeer, arXiv 2002.05202.
+    Source: Shazeer, arXiv 2002.05202, equation 6; names as in meta-llama/llama3, llama/model.py.
     """
 
     def __init__(self, dim: int, ffn_dim: int) -> None:

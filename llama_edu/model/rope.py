@@ -19,26 +19,31 @@ from .manual import is_manual
 # %% auto #0
 __all__ = ['rope_frequencies', 'rope_table', 'apply_rope', 'interleaved_to_half', 'half_to_interleaved']
 
-# %% ../../notebooks/21_rope.ipynb #a336ecdc
+# %% ../../notebooks/21_rope.ipynb #0a97a63f
 def _scale(frequencies: Float[Tensor, " half"], scaling: RopeScaling) -> Float[Tensor, " half"]:
-    """Llama 3.1's frequency scaling."""
+    """Divide slow frequencies by the factor, leave fast ones, and go linearly in the number of turns between."""
     low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len
     wavelengths = 2 * math.pi / frequencies
     keep = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
 
-# %% ../../notebooks/21_rope.ipynb #58133d90
+
 def rope_frequencies(cfg: LlamaConfig) -> Float[Tensor, " half"]:
-    """Radians a position for each pair of a head, the fastest first, scaled where `cfg.rope_scaling` says so."""
+    """Radians a position for each pair of a head, the fastest first, scaled where `cfg.rope_scaling` says so.
+
+    The arithmetic is float32, step by step as in Meta's code: a model is used with the numbers it was trained with.
+
+    Source: Su et al., arXiv 2104.09864, section 3.2.2; scaling: meta-llama/llama-models, models/llama3/model.py.
+    """
     exponents = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32) / cfg.head_dim
     frequencies = 1.0 / cfg.rope_theta**exponents
     return frequencies if cfg.rope_scaling is None else _scale(frequencies, cfg.rope_scaling)
 
-# %% ../../notebooks/21_rope.ipynb #74086be5
+# %% ../../notebooks/21_rope.ipynb #2c712bab
 def rope_table(
     cfg: LlamaConfig, max_seq_len: int | None = None
 ) -> tuple[Float[Tensor, "positions half"], Float[Tensor, "positions half"]]:
-    """Cosine and sine of every position's angles, float32.
+    """Cosine and sine of the angle of each position and pair, float32.
 
     Args:
         max_seq_len: number of positions; None means `cfg.max_seq_len`.
@@ -47,11 +52,24 @@ def rope_table(
     angles = torch.outer(positions, rope_frequencies(cfg))
     return angles.cos(), angles.sin()
 
-# %% ../../notebooks/21_rope.ipynb #d2a9d5f3
+# %% ../../notebooks/21_rope.ipynb #bde8ed5e
+def _rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def _rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the adjacent pairs of `x`. Arithmetic in the dtype of the tables (float32), result in that of `x`."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Turn the adjacent pairs of `x`, in float32 at least; the result has the dtype of `x`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # A compiler fuses the real form and cannot read the complex one; that one needs pairs side by side in memory.
+    aligned = wide.stride(-1) == 1 and not any(n % 2 for n in (wide.storage_offset(), *wide.stride()[:-1]))
+    rotate = _rotate_complex if aligned and not torch.compiler.is_compiling() else _rotate_real
+    return rotate(wide, cos, sin).to(x.dtype)
 
 # %% ../../notebooks/21_rope.ipynb #c65f709b
 class ManualRotation(torch.autograd.Function):
@@ -74,23 +92,23 @@ def apply_rope(
     cos: Float[Tensor, "#batch seq half"],
     sin: Float[Tensor, "#batch seq half"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Rotate each adjacent pair of features by the angle of its position.
+    """Turn each adjacent pair of features by the angle of its position.
 
     Args:
         x: queries or keys.
-        cos, sin: rows of `rope_table` at the positions of `x`, the same for the whole batch (1) or for each sequence.
+        cos, sin: rows of `rope_table` at the positions of `x`, one set for the whole batch (1) or one a sequence.
 
-    Source: Su et al., arXiv 2104.09864, section 3.2; pairs as in meta-llama/llama3, llama/model.py, apply_rotary_emb.
+    Source: Su et al., arXiv 2104.09864, section 3.4.2; pairs as in meta-llama/llama3, llama/model.py, apply_rotary_emb.
     """
     cos, sin = cos[:, None], sin[:, None]
     return ManualRotation.apply(x, cos, sin) if is_manual() else _rotate(x, cos, sin)
 
-# %% ../../notebooks/21_rope.ipynb #e7f6bb35
+# %% ../../notebooks/21_rope.ipynb #ddbfc333
 def interleaved_to_half(w: Float[Tensor, "rows cols"], n_heads: int) -> Float[Tensor, "rows cols"]:
     """Reorder the rows of wq or wk from adjacent pairs (Meta) to split halves (Hugging Face), head by head."""
     return rearrange(w, "(head pair two) cols -> (head two pair) cols", head=n_heads, two=2)
 
 
 def half_to_interleaved(w: Float[Tensor, "rows cols"], n_heads: int) -> Float[Tensor, "rows cols"]:
-    """Undo `interleaved_to_half`."""
+    """Reorder the rows of wq or wk from split halves (Hugging Face) to adjacent pairs (Meta), head by head."""
     return rearrange(w, "(head two pair) cols -> (head pair two) cols", head=n_heads, two=2)
