@@ -233,8 +233,9 @@ class Batches:
         self.n_windows = (token_file.n_tokens - 1) // seq_len
         if self.n_windows < batch_size:
             raise UserError(
-                f"the corpus has {token_file.n_tokens} tokens, less than the {batch_size * seq_len + 1} of one batch of "
-                f"{batch_size} sequences of {seq_len}: give it more text, or lower batch_size or seq_len"
+                f"the corpus in {token_file.path} has {token_file.n_tokens} tokens, less than the "
+                f"{batch_size * seq_len + 1} of one batch of {batch_size} sequences of {seq_len}: give it more text, "
+                "or lower batch_size or seq_len"
             )
 
     def batch(self, step: int) -> Batch:
@@ -283,7 +284,7 @@ def shuffled(position: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -
     return out.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
     """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit of the input reaches all of them."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)

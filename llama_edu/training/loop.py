@@ -33,7 +33,7 @@ from .optimizer import make_optimizer
 from .schedule import learning_rate
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainResult', 'next_token_loss', 'backward_batch', 'evaluate', 'bits_per_byte', 'has_bf16', 'train']
+__all__ = ['TrainConfig', 'TrainResult', 'next_token_loss', 'backward_batch', 'evaluate', 'bits_per_byte', 'train']
 
 # %% ../../notebooks/31_training.ipynb #66a0a8b2
 # Fields that leave every weight as it is: they may differ between a run and its continuation.
@@ -227,12 +227,15 @@ def evaluate(
         autocast: run the matrix products in bfloat16.
     """
     device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
     total, count = 0.0, 0
     for batch in sequential_batches(token_file, batch_size, seq_len, max_batches=max_batches):
         tokens, targets, documents = (t.to(device) for t in batch)
         loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast)
         total += loss.item()
         count += int((batch.targets != IGNORE).sum())
+    model.train(was_training)
     return total / count
 
 
@@ -260,17 +263,20 @@ def _stop_on_signal() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
     def on_signal(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(number, before[number])
+        restore()
 
     for number in before:
         signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 @contextmanager
@@ -284,7 +290,7 @@ def _alone(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another run is writing to {folder}: wait for it, or choose another out_dir") from error
         yield
 
@@ -338,6 +344,8 @@ class _Metrics:
         return json.dumps(entry, allow_nan=False) + "\n"
 
     def write(self, entry: dict[str, Any]) -> None:
+        """Add a line; what is not finite, and so no JSON, becomes None."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self.history.append(entry)
         self.file.write(self._line(entry))
         self.file.flush()
@@ -466,9 +474,9 @@ class _Run:
         seconds = time.perf_counter() - started
         return {
             "step": self.step,
-            "loss": loss if math.isfinite(loss) else None,
+            "loss": loss,
             "lr": lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": norm,
             "skipped": not finite,
             "tokens_per_second": round(batch.tokens.numel() / seconds, 1),
         }
@@ -574,8 +582,9 @@ def train(
     out = Path(config.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
     except OSError as error:
-        raise UserError(f"{out} cannot be made a folder for the run: {error.strerror or error}") from error
+        raise UserError(f"{out} cannot be the folder of a run: {error.strerror or error}") from error
     with _alone(out), _own_randomness(config.seed, device), _stop_on_signal() as stop:
         model = Transformer(config.model) if model is None else model
         model = model.to(device, torch.float32).train()

@@ -34,12 +34,9 @@ def learning_rate(
     """
     if step < warmup:
         return peak * step / warmup
-    start = warmup if schedule in ("cosine", "linear") else max(warmup, steps - round(decay_share * steps))
-    share = min(max((step - start) / max(1, steps - start), 0.0), 1.0)
     if schedule == "constant":
-        height = 1.0
-    elif schedule == "cosine":
-        height = (1 + math.cos(math.pi * share)) / 2
-    else:
-        height = 1 - share
+        return peak
+    start = max(warmup, steps - max(1, round(decay_share * steps))) if schedule == "wsd" else warmup
+    share = min(max(0, step - start) / max(1, steps - start), 1.0)
+    height = (1 + math.cos(math.pi * share)) / 2 if schedule == "cosine" else 1 - share
     return peak * (min_ratio + (1 - min_ratio) * height)
