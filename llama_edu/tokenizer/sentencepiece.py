@@ -436,7 +436,7 @@ class SentencePieceTokenizer:
             UserError: an id is not in the vocabulary.
         """
         stream = self.stream()
-        return "".join(map(stream.push, ids)) + stream.finish()
+        return stream.push(ids) + stream.finish()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes of ids: what `decode` reads, with those that make no character left as they are."""
@@ -476,7 +476,7 @@ class SentencePieceTokenizer:
     def decode_infilling(self, ids: Iterable[int]) -> str:
         """Text of ids, a leading space kept: what the model wrote stands behind other text."""
         stream = SentencePieceStream(self, keep_first_space=True)
-        return "".join(map(stream.push, ids)) + stream.finish()
+        return stream.push(ids) + stream.finish()
 
     def infill_prompt(self, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
         """Prompt after which Code Llama writes what stands between `prefix` and `suffix`, and then `\u2581<EOT>`.
@@ -531,21 +531,25 @@ def _refuse_surrogates(text: str) -> None:
 
 
 class SentencePieceStream:
-    """Decoder that takes one id at a time and returns text only in whole characters."""
+    """Turns ids into text as they come, whole characters only: `push` gives what is complete, `finish` what is left."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer, *, keep_first_space: bool = False):
         self._tokenizer = tokenizer
         self._at_start = tokenizer.model.add_dummy_prefix and not keep_first_space
         self._held = b""  # the beginning of a character
 
-    def push(self, token: int) -> str:
-        """The text that this id completes; empty inside a character. Raises UserError for an id that does not exist."""
-        data = self._tokenizer._surface(token, self._at_start)
-        if data is None:
-            return self.finish()
-        self._at_start = False
-        text, self._held = _decode_utf8(self._held + data)
-        return text
+    def push(self, ids: int | Iterable[int]) -> str:
+        """The text that one more id (or several) completes. Raises UserError for an id that does not exist."""
+        done: list[str] = []
+        for token in (ids,) if isinstance(ids, int) else ids:
+            data = self._tokenizer._surface(token, self._at_start)
+            if data is None:
+                done.append(self.finish())
+                continue
+            self._at_start = False
+            text, self._held = _decode_utf8(self._held + data)
+            done.append(text)
+        return "".join(done)
 
     def finish(self) -> str:
         """What is held back: U+FFFD for each byte of a character that was never completed."""
