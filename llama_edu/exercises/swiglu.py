@@ -90,7 +90,7 @@ def check_swiglu_backward(attempt) -> str | None:
 @exercise(lesson="23_swiglu", level=1, minutes=10)
 def check_hidden_width(attempt) -> str | None:
     published = [(4096, 256, None), (5120, 256, None), (8192, 4096, 1.3), (16384, 4096, 1.2), (2048, 256, 1.5)]
-    cases = [*published, (100, 1, 1.3)]
+    cases = [*published, (100, 1, 4.0)]
     found, right = [attempt(*case) for case in cases], [ffn_width(*case) for case in cases]
     if any(not isinstance(width, int) for width in found):
         return "A width is a whole number: return an int."
