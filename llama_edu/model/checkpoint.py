@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -126,16 +126,16 @@ def _check_names(found: _Shapes, wanted: _Shapes, where: Path | str) -> None:
             )
 
 
-def _check_layers(cfg: LlamaConfig, names: list[str], where: Path) -> None:
-    """Compare the number of layers before anything is built for each of them."""
+_MAX_POSITIONS = 2**22  # the tables of rotations take 0.5 kB a position; Llama 3.1 has 2**17
+
+
+def _check_extent(cfg: LlamaConfig, names: Iterable[str], where: Path) -> None:
+    """Refuse what would take for ever: layers that no file holds, tables for a context that nobody has."""
     layers = {m[1] for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     if len(layers) != cfg.n_layers:
         raise UserError(f"{where} holds {len(layers)} layers, but its configuration says {quote(cfg.n_layers)}")
     if cfg.max_seq_len > _MAX_POSITIONS:
         raise UserError(f"{where} claims a context of {quote(cfg.max_seq_len)} tokens; the limit is {_MAX_POSITIONS:,}")
-
-
-_MAX_POSITIONS = 2**22  # the tables of rotations take 0.5 kB a position; Llama 3.1 has 2**17
 
 
 def _config(build, where: Path) -> LlamaConfig:
@@ -164,7 +164,7 @@ def _open_hf(folder: Path) -> _Checkpoint:
     cfg = _config(lambda: LlamaConfig.from_hf(said), path)
     # Old files hold the rotation frequencies, which follow from the configuration.
     entries = {name: e for name, e in read_headers(folder).items() if not name.endswith(".rotary_emb.inv_freq")}
-    _check_layers(cfg, list(entries), folder)
+    _check_extent(cfg, entries, folder)
     wanted = {hf_name(name): shape for name, shape in tensor_shapes(cfg)}
     spare = entries.get("lm_head.weight") if cfg.tie_embeddings else None
     found = {name: e.shape for name, e in entries.items() if e is not spare}
@@ -201,7 +201,7 @@ def _open_meta(folder: Path) -> _Checkpoint:
     rows = n * output.shape[0] if output and len(output.shape) == 2 else None
     unsaid = said.get("vocab_size", -1) == -1
     cfg = _config(lambda: LlamaConfig.from_meta(said, vocab_size=rows if unsaid else None), path)
-    _check_layers(cfg, list(shards[0]), folder)
+    _check_extent(cfg, shards[0], folder)
     embedding = shards[0].get("tok_embeddings.weight")
     embedding_dim = int(n > 1 and embedding is not None and embedding.shape != (cfg.vocab_size // n, cfg.dim))
     tied = all("output.weight" not in shard for shard in shards)
@@ -246,23 +246,23 @@ def _check_copies(shards: list[dict[str, TensorEntry]], names: list[str]) -> Non
 
 
 def _is_tied(shards: list[dict[str, TensorEntry]], embedding_dim: int) -> bool:
-    """Whether the output matrix equals the embedding; Meta's files hold both. Compared block by block."""
-    block = min(shards[0]["tok_embeddings.weight"].shape[0], shards[0]["output.weight"].shape[0])
-    if embedding_dim and len(shards) > 1:
+    """Whether the output matrix equals the embedding; Meta's files hold both."""
+    if embedding_dim == 1 and len(shards) > 1:
         return False  # the generations that split the embedding by features tie nothing
     for shard in shards:
-        pair = {name: shard[name] for name in ("tok_embeddings.weight", "output.weight")}
-        if pair["tok_embeddings.weight"].dtype != pair["output.weight"].dtype:
+        embedding, output = shard["tok_embeddings.weight"], shard["output.weight"]
+        if embedding.dtype != output.dtype:
             return False
-        a, b = (t for _, t in meta_io.read_pth(pair))
-        if not torch.equal(a[:1], b[:1]) or not torch.equal(a, b):
+        a, b = (t for _, t in meta_io.read_pth({e.name: e for e in (embedding, output)}))
+        if not torch.equal(a[:1], b[:1]) or not torch.equal(a, b):  # one row spares reading two matrices
             return False
-    return block > 0
+    return True
 
 # %% ../../notebooks/25_checkpoints.ipynb #9a93dec0
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

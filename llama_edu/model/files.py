@@ -23,7 +23,7 @@ import torch
 
 from llama_edu.errors import UserError
 
-MAX_TENSORS = 20_000  # the 405B model has 1,138
+MAX_TENSORS = 20_000  # the 405B model has 1,137
 MAX_JSON_BYTES = 64 * 2**20  # the tokenizer.json of Llama 3 has 17 MB, a header of the 405B model 0.2 MB
 
 # %% ../../notebooks/25_checkpoints.ipynb #38924ee8
@@ -104,8 +104,12 @@ def tokenizer_ids(folder: Path) -> tuple[str, int] | None:
     if not path.exists() or regular_size(path) > MAX_JSON_BYTES:
         return None
     raw = path.read_bytes()
-    if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", raw):  # a rank file of tiktoken; special tokens come on top
-        return "tokenizer.model", 1 + max(int(line.split()[-1]) for line in raw.splitlines() if line.strip())
+    if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", raw):  # a rank file of tiktoken; special tokens stand elsewhere
+        ids = [int(line.split()[-1]) for line in raw.splitlines() if re.fullmatch(rb"\S+ \d{1,9}", line)]
+        if (folder / "tokenizer.model.json").exists():  # where lesson 10 stores them
+            special = read_json(folder / "tokenizer.model.json").get("special_tokens")
+            ids += [i for i in (special.values() if isinstance(special, dict) else ()) if type(i) is int]
+        return "tokenizer.model", 1 + max(ids)
     return "tokenizer.model", sum(field == 1 for field in _protobuf_fields(raw))
 
 

@@ -7,6 +7,7 @@ __all__ = ['run_pickle', 'read_pth_header', 'read_pth', 'split_dim', 'embedding_
 __doc__ = "Meta's files: reading the header of a .pth without running it, and how a model is split into shards."
 
 import math
+import pickle
 import pickletools
 import re
 import zipfile
@@ -165,11 +166,11 @@ def read_pth_header(path: Path) -> dict[str, TensorEntry]:
             compressed = any(i.compress_type or i.file_size != i.compress_size for i in infos)
             if compressed or sum(i.file_size for i in infos) > size:
                 raise UserError(f"{path} holds compressed or overlapping records, which torch.save does not write")
-            [pickle] = [i for i in infos if re.fullmatch(r"[^/]+/data\.pkl", i.filename)]
-            prefix = pickle.filename.removesuffix("data.pkl")
-            if pickle.file_size > _MAX_PICKLE_BYTES:
-                raise UserError(f"{path} has a pickle of {pickle.file_size:,} bytes; a Llama's has under a million")
-            code = archive.read(pickle)
+            [record] = [i for i in infos if re.fullmatch(r"[^/]+/data\.pkl", i.filename)]
+            prefix = record.filename.removesuffix("data.pkl")
+            if record.file_size > _MAX_PICKLE_BYTES:
+                raise UserError(f"{path} has a pickle of {record.file_size:,} bytes; a Llama's has under a million")
+            code = archive.read(record)
             order = [i for i in infos if i.filename == f"{prefix}byteorder"]
             if order and archive.read(order[0]) != b"little":
                 raise UserError(f"{path} was written on a big-endian machine, which is not supported")
@@ -192,6 +193,14 @@ def read_pth_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 # %% ../../notebooks/25_checkpoints.ipynb #5fd1d0f5
+def _map(path: Path) -> dict[str, Tensor]:
+    """The dictionary in a .pth whose header has been checked; its numbers stay on the disk until they are touched."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read by torch: {quote(str(error))}") from None
+
+
 def read_pth(entries: dict[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one .pth file in turn, mapped from the file: copy them, do not keep them.
 
@@ -203,7 +212,7 @@ def read_pth(entries: dict[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
     for name, entry in entries.items():
         if mapped is None or touched + entry.nbytes > largest:
             tensor = mapped = None  # the old mapping is closed before the new one opens
-            mapped, touched = torch.load(entry.file, map_location="cpu", weights_only=True, mmap=True), 0
+            mapped, touched = _map(entry.file), 0
         tensor = mapped[name].detach()
         if tensor.shape != entry.shape or tensor.dtype != entry.dtype:
             raise UserError(f"{entry.file} says two things about tensor {quote(name)}; it is refused")
