@@ -31,6 +31,8 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], p: float) -> Float[Tensor, 
 
     Source: Holtzman et al., arXiv 1904.09751, section 3.1.
     """
+    if p >= 1:
+        return logits  # rounding must not cost the last tokens their places
     ranked, order = logits.sort(descending=True, stable=True)
     probabilities = ranked.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # what the likelier ones sum to
@@ -113,6 +115,8 @@ def _check_prompts(cfg: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_t
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     for row, prompt in enumerate(prompts):
+        if isinstance(prompt, (int, str)):
+            raise ValueError(f"prompt {row} is {prompt!r}; prompts is a list of lists of ids, one list a prompt")
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty: give at least one id, such as that of the beginning of a text")
         wrong = next((i for i in prompt if not 0 <= i < cfg.vocab_size), None)

@@ -1,0 +1,314 @@
+"""What a user of the cache and of `generate` relies on."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_edu import KVCache, LlamaConfig, Transformer, generate
+from llama_edu.config import RopeScaling
+from llama_edu.generation import NonFiniteLogits, draw, keep_min_p, keep_top_k, keep_top_p
+
+SHAPE = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=48)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
+def make(dtype=torch.float64, **changes) -> Transformer:
+    """A model whose words depend on what it has read; float64, so that only mistakes differ."""
+    model = Transformer(LlamaConfig(**{**SHAPE, **changes}))
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(8)
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make()
+
+
+def by_hand(model, prompt, n):
+    """Greedy decoding without a cache."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def own_word(rows, row):
+    """Index and id of a word that this row alone says, and says once; not its first."""
+    others = {i for r, ids in enumerate([*rows, *PROMPTS]) if r != row for i in ids}
+    return next((i, w) for i, w in enumerate(rows[row]) if i and w not in others and rows[row].count(w) == 1)
+
+
+VARIANTS = {
+    "grouped": {},
+    "full": {"n_kv_heads": 4},
+    "one": {"n_kv_heads": 1},
+    "wide heads": {"head_dim": 16},
+    "scaled rope": {"rope_scaling": RopeScaling(8.0, original_max_seq_len=16)},
+    "tied": {"tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_cached_pieces_give_the_logits_of_one_pass(changes):
+    model = make(**changes)
+    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.cfg, batch_size=2, max_seq_len=20, dtype=torch.float64)
+    with torch.no_grad():
+        pieces = [model(t, cache=cache) for t in tokens.split([7, 1, 1, 5, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_row_gets_what_decoding_alone_without_cache_gives(dtype):
+    model = make(dtype)
+    assert generate(model, PROMPTS, max_new_tokens=20) == [by_hand(model, p, 20) for p in PROMPTS]
+
+
+def test_bfloat16_model_generates():
+    new = generate(make(torch.bfloat16), PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)
+    assert [len(row) for row in new] == [5, 5, 5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu(dtype):
+    model = make(dtype).cuda()
+    assert [len(row) for row in generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=0)] == [5, 5, 5]
+    if dtype is torch.float32:
+        assert generate(model, PROMPTS, max_new_tokens=5) == generate(model.cpu(), PROMPTS, max_new_tokens=5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 63), min_size=1, max_size=12), min_size=1, max_size=5),
+    stop=st.sets(st.integers(0, 63), max_size=12),
+    seed=st.none() | st.integers(0, 2**70),
+)
+def test_a_row_does_not_depend_on_its_neighbours(model, prompts, stop, seed):
+    options = dict(max_new_tokens=8, stop_ids=stop)
+    if seed is not None:
+        options |= dict(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=seed)
+    together = generate(model, prompts, **options)
+    for row, prompt in enumerate(prompts):
+        others = [[0]] * row + [prompt]  # the same place in the batch, other company
+        assert generate(model, others, **options)[row] == together[row]
+        assert not stop & set(together[row])
+
+
+def test_a_stop_id_ends_its_row_and_is_not_returned(model):
+    free = generate(model, PROMPTS, max_new_tokens=20)
+    stop = free[0][4]
+    cut = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(model, PROMPTS, max_new_tokens=20, stop_ids=[stop]) == cut
+    assert generate(model, PROMPTS, max_new_tokens=20, stop_ids={row[0] for row in free}) == [[], [], []]
+
+
+def test_rows_that_have_ended_are_not_computed(model):
+    _, stop = own_word(generate(model, PROMPTS, max_new_tokens=8), 0)
+    batches = []
+    handle = model.tok_embeddings.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    generate(model, PROMPTS, max_new_tokens=8, stop_ids=[stop])
+    handle.remove()
+    assert batches[0] == 3 and batches[-1] == 2
+
+
+def test_stream_yields_the_same_ids_step_by_step(model):
+    steps = list(generate(model, PROMPTS, max_new_tokens=4, stream=True))
+    assert [row for row, _ in steps] == [0, 1, 2] * 4
+    new = generate(model, PROMPTS, max_new_tokens=4)
+    assert [[token for r, token in steps if r == row] for row in range(3)] == new
+
+
+def test_stream_refuses_before_the_first_step(model):
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, [[]], max_new_tokens=4, stream=True)
+
+
+def test_no_prompts_and_no_tokens(model):
+    assert generate(model, [], max_new_tokens=4) == []
+    assert generate(model, PROMPTS, max_new_tokens=0) == [[], [], []]
+
+
+def test_the_context_can_be_filled_to_its_last_token(model):
+    prompt = [1] * 40
+    assert generate(model, [prompt], max_new_tokens=8) == [by_hand(model, prompt, 8)]
+
+
+def test_the_same_seed_draws_the_same_and_another_draws_others(model):
+    def say(seed):
+        return generate(model, PROMPTS, max_new_tokens=20, temperature=1.5, seed=seed)
+
+    assert say(1) == say(1) != say(2)
+    assert generate(model, PROMPTS, max_new_tokens=9, temperature=1.5, seed=1) == [row[:9] for row in say(1)]
+    assert generate(model, [[1]] * 2, max_new_tokens=20, temperature=1.5, seed=1)[0] != say(1)[1]
+    torch.manual_seed(5)
+    first = say(None)
+    assert say(None) != first
+    torch.manual_seed(5)
+    assert say(None) == first
+
+
+@pytest.mark.parametrize("options", [dict(temperature=1e-300), dict(temperature=1e-5), dict(temperature=1.0, top_k=1),
+                                     dict(temperature=1.0, top_p=1e-9), dict(temperature=1.0, min_p=1.0)])  # fmt: skip
+def test_narrow_sampling_is_greedy(model, options):
+    assert generate(model, PROMPTS, max_new_tokens=12, seed=0, **options) == generate(
+        model, PROMPTS, max_new_tokens=12
+    )
+
+
+def test_gradients_are_not_recorded(model):
+    generate(model, PROMPTS, max_new_tokens=2)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    steps = generate(model, PROMPTS, max_new_tokens=2, stream=True)
+    next(steps)
+    assert torch.is_grad_enabled()
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def test_keep_functions_agree_with_transformers():
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for ours, theirs, values in [
+        (keep_top_k, TopKLogitsWarper, (1, 3, 50, 300, 1000)),
+        (keep_top_p, TopPLogitsWarper, (0.01, 0.3, 0.9, 0.999, 1.0)),
+        (keep_min_p, MinPLogitsWarper, (0.0, 0.01, 0.5, 1.0)),
+    ]:
+        for value in values:
+            torch.testing.assert_close(ours(logits, value), theirs(value)(None, logits), atol=0, rtol=0)
+
+
+def test_keep_top_p_of_one_keeps_everything_in_float32():
+    logits = 5 * torch.randn(20, 5000, generator=torch.Generator().manual_seed(0))
+    assert keep_top_p(logits, 1.0).isfinite().all()
+
+
+def test_draw_follows_the_probabilities():
+    from scipy.stats import chisquare
+
+    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, 1.0, -torch.inf]])
+    n = 40_000
+    uniform = torch.tensor(np.random.default_rng(0).random(n))
+    counts = torch.bincount(draw(logits.expand(n, -1), uniform), minlength=6)
+    assert counts[5] == 0
+    assert chisquare(counts[:5].numpy(), n * logits.double().softmax(-1)[0, :5].numpy()).pvalue > 1e-3
+
+
+@given(u=st.floats(0, 1, exclude_max=True), logits=st.lists(st.floats(-30, 30), min_size=1, max_size=20))
+def test_draw_never_takes_what_has_no_probability(u, logits):
+    row = torch.tensor([[-torch.inf, *logits, -torch.inf]], dtype=torch.float64)
+    assert 1 <= int(draw(row, torch.tensor([u], dtype=torch.float64))) <= len(logits)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1, 64]], {}, "id 64; the vocabulary has ids 0 to 63"),
+        ([[-1]], {}, "id -1"),
+        ([[1] * 49], {}, "context is 48: cut it by 1"),
+        ([[1], [1] * 45], {}, "at most 3 new tokens"),
+        ([[1]], dict(max_new_tokens=-1), "max_new_tokens is -1"),
+        ([[1]], dict(temperature=-0.5), "temperature is -0.5"),
+        ([[1]], dict(temperature=float("nan")), "temperature is nan"),
+        ([[1]], dict(temperature=float("inf")), "temperature is inf"),
+        ([[1]], dict(top_k=5), "temperature 0 .* so top_k means nothing"),
+        ([[1]], dict(top_p=0.9, min_p=0.1), "top_p and min_p"),
+        ([[1]], dict(temperature=1.0, top_k=0), "top_k is 0"),
+        ([[1]], dict(temperature=1.0, top_p=0.0), "top_p is 0.0"),
+        ([[1]], dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
+        ([[1]], dict(temperature=1.0, min_p=1.1), "min_p is 1.1"),
+        ([[1]], dict(temperature=1.0, seed=-3), "seed is -3"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(model, prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        generate(model, prompts, **{"max_new_tokens": 4, **options})
+
+
+def test_nan_is_reported_with_the_layer_where_it_begins(model):
+    broken = copy.deepcopy(model)
+    broken.layers["1"].feed_forward.w2.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteLogits, match=r"row 0 are not finite after 3 ids; it begins in layers\.1"):
+        generate(broken, PROMPTS, max_new_tokens=4)
+
+
+def test_what_was_generated_before_nan_is_kept(model):
+    whole = generate(model, PROMPTS, max_new_tokens=8)
+    index, poison = own_word(whole, 2)
+    broken = copy.deepcopy(model)
+    broken.tok_embeddings.weight.data[poison] = torch.nan
+    with pytest.raises(NonFiniteLogits, match=r"row 2 .*tok_embeddings") as caught:
+        generate(broken, PROMPTS, max_new_tokens=8)
+    assert caught.value.ids == [row[: index + 1] for row in whole]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_formula(model, dtype):
+    cache = KVCache(model.cfg, batch_size=3, max_seq_len=17, dtype=dtype)
+    assert cache.nbytes == model.cfg.kv_cache_bytes(17, batch_size=3, dtype=dtype)
+
+
+def test_a_full_cache_says_so_and_stays_usable(model):
+    cache = KVCache(model.cfg, batch_size=1, max_seq_len=4, dtype=torch.float64)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), cache=cache)
+        with pytest.raises(ValueError, match="room for 4 tokens a sequence; 5 are to be stored"):
+            model(torch.tensor([[4, 5]]), cache=cache)
+        last = model(torch.tensor([[4]]), cache=cache)[0, -1]
+        torch.testing.assert_close(last, model(torch.tensor([[1, 2, 3, 4]]))[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_cut_rows_write_over_what_was_behind_their_end(model):
+    """Right-padded prefill, cut, then pieces of several tokens into rows of different lengths."""
+    cache = KVCache(model.cfg, batch_size=3, max_seq_len=20, dtype=torch.float64)
+    lengths = [len(p) for p in PROMPTS]
+    more = torch.randint(64, (3, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        model(torch.tensor([p + [0] * (7 - len(p)) for p in PROMPTS]), cache=cache)
+        cache.truncate(lengths)
+        got = torch.cat([model(piece, cache=cache) for piece in more.split([3, 1, 2], dim=1)], dim=1)
+        assert cache.lengths.tolist() == [n + 6 for n in lengths]
+        for row, prompt in enumerate(PROMPTS):
+            alone = model(torch.tensor([prompt + more[row].tolist()]))[0, -6:]
+            torch.testing.assert_close(got[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_kept_rows_go_on_as_if_the_others_had_never_been(model):
+    cache = KVCache(model.cfg, batch_size=3, max_seq_len=10, dtype=torch.float64)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]]), cache=cache)
+        cache.keep([0, 2])
+        out = model(torch.tensor([[10], [11]]), cache=cache)[:, -1]
+        whole = model(torch.tensor([[1, 2, 3, 10], [7, 8, 9, 11]]))[:, -1]
+    torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+    assert cache.k.shape[1] == 2
+
+
+def test_cache_refusals(model):
+    cache = KVCache(model.cfg, batch_size=2, max_seq_len=5)
+    for rows in ([], [1, 0], [0, 0], [2], [-1]):
+        with pytest.raises(ValueError, match="ascending"):
+            cache.keep(rows)
+    for lengths in ([1, 0], [0, -1], [0]):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            cache.truncate(lengths)
+    with pytest.raises(ValueError, match="at least 1"):
+        KVCache(model.cfg, batch_size=0, max_seq_len=5)
