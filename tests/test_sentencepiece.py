@@ -151,6 +151,7 @@ def test_lone_surrogate_is_named(pairs):
 
 def test_begin_end_and_special_names(pairs):
     ours = pairs["llama"][1]
+    assert ours.encode_batch(["a", "b"], eos=True) == [[*ours.encode("a"), 2], [*ours.encode("b"), 2]]
     plain = ours.encode("the cat")
     assert ours.encode("the cat", bos=True, eos=True) == [1, *plain, 2]
     assert ours.encode("</s>") == pairs["llama"][0].encode("</s>")
@@ -161,6 +162,33 @@ def test_begin_end_and_special_names(pairs):
     with pytest.raises(UserError, match="id 420 is not in the vocabulary"):
         ours.decode([420])
     assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id, ours.stop_ids) == (0, 1, 2, -1, {2})
+
+
+@pytest.fixture(scope="module")
+def hugging_face(pairs):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pieces = pairs["llama"][1].model.pieces
+    ids = {p.text: i for i, p in enumerate(pieces)}
+    merges = [
+        (p.text[:k], p.text[k:])
+        for p in pieces
+        if p.kind == PieceKind.NORMAL
+        for k in range(1, len(p.text))
+        if p.text[:k] in ids and p.text[k:] in ids
+    ]
+    return transformers.LlamaTokenizer(vocab=ids, merges=merges, legacy=False)
+
+
+@given(text=familiar.filter(lambda t: "s>" not in t))
+@settings(max_examples=100, deadline=None)
+def test_ids_are_transformers(pairs, hugging_face, text):
+    """Its LlamaTokenizer departs from SentencePiece where a text begins with a space: it adds no second one."""
+    ours = pairs["llama"][1]
+    text = text.lstrip(" ▁")
+    ids = hugging_face.encode(text, add_special_tokens=False)
+    assert ours.encode(text) == ids
+    if text:
+        assert hugging_face.encode(" " + text, add_special_tokens=False) == ids
 
 
 # --- infilling ----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_edu.tokenizer.bpe import LLAMA3_PATTERN, BPETokenizer
-    from llama_edu.tokenizer.chat import ChatFormat
+    from llama_edu.tokenizer.chat import ChatFormat, Llama2ChatFormat
     from llama_edu.tokenizer.llama3 import Llama3Tokenizer
     from llama_edu.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -18,9 +18,17 @@ _HOME = {
     "SentencePieceTokenizer": "llama_edu.tokenizer.sentencepiece",
     "Llama3Tokenizer": "llama_edu.tokenizer.llama3",
     "ChatFormat": "llama_edu.tokenizer.chat",
+    "Llama2ChatFormat": "llama_edu.tokenizer.chat",
 }
 
-__all__ = ["LLAMA3_PATTERN", "BPETokenizer", "ChatFormat", "Llama3Tokenizer", "SentencePieceTokenizer"]
+__all__ = [
+    "LLAMA3_PATTERN",
+    "BPETokenizer",
+    "ChatFormat",
+    "Llama2ChatFormat",
+    "Llama3Tokenizer",
+    "SentencePieceTokenizer",
+]
 
 
 def __getattr__(name: str):

@@ -387,6 +387,17 @@ class SentencePieceTokenizer:
             at = match.end()
         return ids + self._encode(plain[at:]) + ([self.eos_id] if eos else [])
 
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: Collection[str] = frozenset(),
+    ) -> list[list[int]]:
+        """`encode` for many texts."""
+        return [self.encode(text, bos=bos, eos=eos, allowed_special=allowed_special) for text in texts]
+
     def _encode(self, text: str) -> list[int]:
         """Ids of a text whose spaces are escaped: user-defined pieces first, then what merging leaves, then bytes."""
         _refuse_surrogates(text)
