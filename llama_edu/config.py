@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from .errors import UserError
+
 # %% auto #0
 __all__ = ['ffn_width', 'parameter_counts', 'forward_flops_per_token', 'RopeScaling', 'LlamaConfig']
 
@@ -71,9 +73,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ValueError(f"rope scaling factor is {self.factor}; it must be at least 1")
+            raise UserError(f"rope scaling factor is {self.factor}; it must be at least 1")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
+            raise UserError(
                 f"rope scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
                 f"{self.high_freq_factor}; the first must be positive and the smaller"
             )
@@ -89,13 +91,13 @@ def _from_hf(d: dict[str, Any]) -> dict[str, Any]:
     }
     for key, value in supported.items():
         if d.get(key, value) != value:
-            raise ValueError(f"config.json has {key} = {d[key]!r}; a Llama has {value!r}")
+            raise UserError(f"config.json has {key} = {d[key]!r}; a Llama has {value!r}")
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
     rope = d.get("rope_parameters") or {}
     scaling = rope or d.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json has rope scaling of type {kind!r}; supported are 'default' and 'llama3'")
+        raise UserError(f"config.json has rope scaling of type {kind!r}; supported are 'default' and 'llama3'")
     return {
         "dim": d["hidden_size"],
         "n_layers": d["num_hidden_layers"],
@@ -159,7 +161,7 @@ def _from_meta(d: dict[str, Any], vocab_size: int | None, max_seq_len: int | Non
     """Fields of LlamaConfig from the dict of a Meta params.json."""
     d = {**d, "vocab_size": d.get("vocab_size", -1) if vocab_size is None else vocab_size}
     if d["vocab_size"] < 1:
-        raise ValueError(
+        raise UserError(
             "params.json leaves vocab_size to the tokenizer (-1): pass vocab_size=, 32000 for Llama 1 and 2"
         )
     theta = float(d.get("rope_theta", 10_000.0))
@@ -182,9 +184,9 @@ def _from_meta(d: dict[str, Any], vocab_size: int | None, max_seq_len: int | Non
 
 # %% ../notebooks/00_llama_family.ipynb #58470682
 def _to_meta(cfg: LlamaConfig) -> dict[str, Any]:
-    """The dict of a Meta params.json. Raises ValueError for what Meta's format cannot say."""
+    """The dict of a Meta params.json. Raises UserError for what Meta's format cannot say."""
     if cfg.head_dim * cfg.n_heads != cfg.dim:
-        raise ValueError(
+        raise UserError(
             f"head_dim {cfg.head_dim} times n_heads {cfg.n_heads} is not dim {cfg.dim}; Meta's format derives head_dim "
             "as dim / n_heads, so save this model in format 'hf'"
         )
@@ -206,7 +208,7 @@ def _to_meta(cfg: LlamaConfig) -> dict[str, Any]:
     if cfg.rope_scaling is not None:
         d["use_scaled_rope"] = True
         if cfg.rope_scaling != RopeScaling(cfg.rope_scaling.factor):
-            raise ValueError(
+            raise UserError(
                 f"Meta's format fixes all of rope scaling but its factor; {cfg.rope_scaling} needs format 'hf'"
             )
         if cfg.rope_scaling.factor != _meta_rope_factor(d):
@@ -266,7 +268,7 @@ class LlamaConfig:
         tie_embeddings: use the embedding as the output matrix.
 
     Raises:
-        ValueError: a field is out of range, or two do not fit together.
+        UserError: a field is out of range, or two do not fit together.
 
     Example:
         >>> LlamaConfig.preset("llama-3.2-1b").num_parameters()
@@ -291,7 +293,7 @@ class LlamaConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim is None:
             if self.n_heads < 1 or self.dim % self.n_heads:
-                raise ValueError(
+                raise UserError(
                     f"dim {self.dim} does not divide by n_heads {self.n_heads}: give head_dim, or change one"
                 )
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
@@ -300,15 +302,15 @@ class LlamaConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+                raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_heads {self.n_heads} does not divide by n_kv_heads {self.n_kv_heads}: heads share evenly"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; it must be even, because positions rotate pairs of numbers")
+            raise UserError(f"head_dim is {self.head_dim}; it must be even, because positions rotate pairs of numbers")
         if self.rope_theta <= 0 or self.norm_eps < 0:
-            raise ValueError(
+            raise UserError(
                 f"rope_theta is {self.rope_theta} and norm_eps {self.norm_eps}; negative values make no sense"
             )
 
@@ -317,7 +319,7 @@ class LlamaConfig:
         """A published model by name, such as "llama-3.1-8b". `preset_names()` lists them all."""
         generation, _, size = name.rpartition("-")
         if size not in _GENERATIONS.get(generation, ((), {}))[0]:
-            raise ValueError(f"no preset is called {name!r}; there are: {', '.join(cls.preset_names())}")
+            raise UserError(f"no preset is called {name!r}; there are: {', '.join(cls.preset_names())}")
         dim, n_layers, n_heads, n_kv_heads, ffn_dim = _SHAPES[size]
         shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "ffn_dim": ffn_dim}
         return cls(**{**shape, **_GENERATIONS[generation][1], **_EXCEPTIONS.get(name, {})})
@@ -347,11 +349,11 @@ class LlamaConfig:
             return 6.0 * self.num_parameters() * n_tokens
         if convention == "exact":
             return 3.0 * forward_flops_per_token(self, seq_len) * n_tokens
-        raise ValueError(f"convention is {convention!r}; it must be '6nd' or 'exact'")
+        raise UserError(f"convention is {convention!r}; it must be '6nd' or 'exact'")
 
     @classmethod
     def from_hf(cls, d: dict[str, Any]) -> LlamaConfig:
-        """From the dict of a Hugging Face config.json. Raises ValueError for what is no Llama."""
+        """From the dict of a Hugging Face config.json. Raises UserError for what is no Llama."""
         return cls(**_from_hf(d))
 
     def to_hf(self) -> dict[str, Any]:
@@ -372,7 +374,7 @@ class LlamaConfig:
         return replace(cls(**_from_meta(d, vocab_size, max_seq_len)), tie_embeddings=tie_embeddings)
 
     def to_meta(self) -> dict[str, Any]:
-        """The dict of a Meta params.json. Raises ValueError for what that format cannot say."""
+        """The dict of a Meta params.json. Raises UserError for what that format cannot say."""
         return _to_meta(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -381,9 +383,9 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> LlamaConfig:
-        """From `to_dict`. Raises ValueError for an unknown field."""
+        """From `to_dict`. Raises UserError for an unknown field."""
         unknown = set(d) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown fields in a model configuration: {', '.join(sorted(unknown))}")
+            raise UserError(f"unknown fields in a model configuration: {', '.join(sorted(unknown))}")
         scaling = d.get("rope_scaling")
         return cls(**{**d, "rope_scaling": RopeScaling(**scaling) if isinstance(scaling, dict) else scaling})

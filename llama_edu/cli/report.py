@@ -22,7 +22,8 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
        max-width: 46rem; padding: 1.5rem 1rem 4rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.4rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1.2rem .3rem 0;
-        border-bottom: 1px solid var(--line); } td { overflow-wrap: anywhere; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+        border-bottom: 1px solid var(--line); } td { overflow-wrap: anywhere; } td.n, th.n { text-align: right;
+        font-variant-numeric: tabular-nums; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption { font-size: .9rem; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
