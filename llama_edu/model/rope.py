@@ -63,12 +63,16 @@ def _rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
+def _paired(x: Tensor) -> bool:
+    """Whether the pairs of `x` lie in memory as complex numbers do: side by side, at even places."""
+    return x.stride(-1) == 1 and not any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1]))
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the adjacent pairs of `x`, in float32 at least; the result has the dtype of `x`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # A compiler fuses the real form and cannot read the complex one; that one needs pairs side by side in memory.
-    aligned = wide.stride(-1) == 1 and not any(n % 2 for n in (wide.storage_offset(), *wide.stride()[:-1]))
-    rotate = _rotate_complex if aligned and not torch.compiler.is_compiling() else _rotate_real
+    # A compiler fuses the real form by itself, and does not understand complex numbers.
+    rotate = _rotate_real if torch.compiler.is_compiling() or not _paired(wide) else _rotate_complex
     return rotate(wide, cos, sin).to(x.dtype)
 
 # %% ../../notebooks/21_rope.ipynb #c65f709b
