@@ -160,9 +160,7 @@ def test_the_same_seed_draws_the_same_and_another_draws_others(model):
 @pytest.mark.parametrize("options", [dict(temperature=1e-300), dict(temperature=1e-5), dict(temperature=1.0, top_k=1),
                                      dict(temperature=1.0, top_p=1e-9), dict(temperature=1.0, min_p=1.0)])  # fmt: skip
 def test_narrow_sampling_is_greedy(model, options):
-    assert generate(model, PROMPTS, max_new_tokens=12, seed=0, **options) == generate(
-        model, PROMPTS, max_new_tokens=12
-    )
+    assert generate(model, PROMPTS, max_new_tokens=12, seed=0, **options) == generate(model, PROMPTS, max_new_tokens=12)
 
 
 def test_gradients_are_not_recorded(model):
