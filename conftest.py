@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["PYTHONHASHSEED"] = "0"
+# transformers loads tqdm, which in a kernel without ipywidgets warns on standard error, where no output is expected.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 
 
 def pytest_configure(config):
