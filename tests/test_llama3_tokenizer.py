@@ -1,6 +1,7 @@
 """Llama 3's tokenizer: ids as tiktoken gives them under Meta's cuts, on the real file where it is present."""
 
 import base64
+import itertools
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,12 @@ def test_real_file(real, meta):
     assert real.stop_ids == {128_001, 128_008, 128_009}
     assert real.encode("Hello world", bos=True) == [128_000, 9906, 1917]
     assert meta.encode("Hello world") == [9906, 1917]
+
+
+def test_every_number_of_up_to_three_digits_is_a_token(real):
+    numbers = ["".join(digits) for n in (1, 2, 3) for digits in itertools.product("0123456789", repeat=n)]
+    assert all(number.encode() in real.ranks for number in numbers)
+    assert [real.decode([i]) for i in real.encode("2024")] == ["202", "4"]
 
 
 @given(anything)

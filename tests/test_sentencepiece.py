@@ -191,6 +191,13 @@ def test_ids_are_transformers(pairs, hugging_face, text):
         assert hugging_face.encode(" " + text, add_special_tokens=False) == ids
 
 
+def test_a_vocabulary_without_begin():
+    tok = SentencePieceTokenizer(SentencePieceModel.from_bytes(package_file(bos_id=-1)))
+    assert tok.bos_id is None and tok.encode("a", eos=True)[-1] == tok.eos_id
+    with pytest.raises(UserError, match="no special piece '<s>'"):
+        tok.encode("a", bos=True)
+
+
 # --- infilling ----------------------------------------------------------------------------------------
 
 

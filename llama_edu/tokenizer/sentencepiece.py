@@ -372,11 +372,15 @@ class SentencePieceTokenizer:
                 are ordinary text.
 
         Raises:
-            UserError: the text holds a lone surrogate, or `allowed_special` a name that is not in `special_tokens`.
+            UserError: the text holds a lone surrogate, `allowed_special` a name that is not in `special_tokens`, or the
+                vocabulary has no piece to begin or end with.
         """
         unknown = sorted(set(allowed_special) - set(self.special_tokens))
         if unknown:
             raise UserError(f"{unknown[0]!r} is no special piece; there are: {', '.join(self.special_tokens)}")
+        for wanted, token, name in ((bos, self.bos_id, self.model.bos_piece), (eos, self.eos_id, self.model.eos_piece)):
+            if wanted and token is None:
+                raise UserError(f"the vocabulary has no special piece {name!r} to put before or after a text")
         names = re.compile("|".join(map(re.escape, sorted(allowed_special, key=len, reverse=True))) or r"(?!)")
         plain = text.replace(" ", SPACE)
         if self.model.add_dummy_prefix and plain and not names.match(plain):
