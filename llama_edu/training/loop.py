@@ -33,7 +33,91 @@ from .optimizer import make_optimizer
 from .schedule import learning_rate
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainResult', 'next_token_loss', 'backward_batch', 'evaluate', 'bits_per_byte', 'train']
+__all__ = ['next_token_loss', 'backward_batch', 'evaluate', 'bits_per_byte', 'TrainConfig', 'TrainResult', 'train']
+
+# %% ../../notebooks/31_training.ipynb #648c2882
+def next_token_loss(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch seq"],
+    targets: Int[Tensor, "batch seq"],
+    document_ids: Int[Tensor, "batch seq"] | None = None,
+    *,
+    autocast: bool = False,
+) -> Float[Tensor, ""]:
+    """Cross-entropy in nats, summed over all positions that have a target.
+
+    Args:
+        document_ids: attention stays inside a document; None lets it see all that came before.
+        autocast: run the matrix products in bfloat16; the loss itself is float32.
+    """
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        logits = model(tokens, document_ids=document_ids)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+# %% ../../notebooks/31_training.ipynb #4260154e
+def backward_batch(
+    model: nn.Module, batch: Batch, *, accumulate: int = 1, document_mask: bool = False, autocast: bool = False
+) -> Float[Tensor, ""]:
+    """Add the gradient of a batch's mean loss to the parameters, a part of the batch at a time. Returns the loss.
+
+    Every part is divided by the targets of the whole batch: a token weighs the same wherever it stands, so the sum of
+    the parts is the gradient of the undivided batch.
+
+    Args:
+        accumulate: number of parts; divides the batch.
+    """
+    count = (batch.targets != IGNORE).sum()
+    total = torch.zeros((), device=batch.tokens.device)
+    for tokens, targets, documents in zip(*(t.chunk(accumulate) for t in batch)):
+        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast) / count
+        loss.backward()
+        total += loss.detach()
+    return total
+
+# %% ../../notebooks/31_training.ipynb #b9e96250
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether the device has instructions for bfloat16 products; without them bf16 is slower than float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type == "cpu":
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(probe() for probe in probes if probe)
+    return False
+
+# %% ../../notebooks/31_training.ipynb #c249639b
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    token_file: TokenFile,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_batches: int | None = None,
+    document_mask: bool = False,
+    autocast: bool = False,
+) -> float:
+    """Mean loss in nats a token, each window of `seq_len` tokens read from its own start.
+
+    Args:
+        max_batches: use only so many batches, spread evenly over the file; None reads all of it.
+        autocast: run the matrix products in bfloat16.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in sequential_batches(token_file, batch_size, seq_len, max_batches=max_batches):
+        tokens, targets, documents = (t.to(device) for t in batch)
+        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast)
+        total += loss.item()
+        count += int((batch.targets != IGNORE).sum())
+    model.train(was_training)
+    return total / count
+
+
+def bits_per_byte(loss: float, token_file: TokenFile) -> float:
+    """Nats a token into bits a byte of the text: comparable between tokenizers, and with compressors."""
+    return loss * token_file.n_tokens / (math.log(2) * token_file.n_bytes)
 
 # %% ../../notebooks/31_training.ipynb #66a0a8b2
 # Fields that leave every weight as it is: they may differ between a run and its continuation.
@@ -109,8 +193,12 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
         _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
         _check("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 up to, not including, 1")
-        _check("schedule", self.schedule, self.schedule in ("cosine", "linear", "wsd", "constant"),
-               "cosine, linear, wsd or constant")
+        _check(
+            "schedule",
+            self.schedule,
+            self.schedule in ("cosine", "linear", "wsd", "constant"),
+            "cosine, linear, wsd or constant",
+        )
         _check("precision", self.precision, self.precision in ("auto", "float32", "bf16"), "auto, float32 or bf16")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}: change one")
@@ -168,90 +256,6 @@ class TrainResult:
     val_loss: float | None = None
     bits_per_byte: float | None = None
     tokens_per_second: float | None = None
-
-# %% ../../notebooks/31_training.ipynb #648c2882
-def next_token_loss(
-    model: nn.Module,
-    tokens: Int[Tensor, "batch seq"],
-    targets: Int[Tensor, "batch seq"],
-    document_ids: Int[Tensor, "batch seq"] | None = None,
-    *,
-    autocast: bool = False,
-) -> Float[Tensor, ""]:
-    """Cross-entropy in nats, summed over all positions that have a target.
-
-    Args:
-        document_ids: attention stays inside a document; None lets it see all that came before.
-        autocast: run the matrix products in bfloat16; the loss itself is float32.
-    """
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(tokens, document_ids=document_ids)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-# %% ../../notebooks/31_training.ipynb #4260154e
-def backward_batch(
-    model: nn.Module, batch: Batch, *, accumulate: int = 1, document_mask: bool = False, autocast: bool = False
-) -> Float[Tensor, ""]:
-    """Add the gradient of a batch's mean loss to the parameters, a part of the batch at a time. Returns the loss.
-
-    Every part is divided by the targets of the whole batch: a token weighs the same wherever it stands, so the sum of
-    the parts is the gradient of the undivided batch.
-
-    Args:
-        accumulate: number of parts; divides the batch.
-    """
-    count = (batch.targets != IGNORE).sum()
-    total = torch.zeros((), device=batch.tokens.device)
-    for tokens, targets, documents in zip(*(t.chunk(accumulate) for t in batch)):
-        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast) / count
-        loss.backward()
-        total += loss.detach()
-    return total
-
-# %% ../../notebooks/31_training.ipynb #c249639b
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    token_file: TokenFile,
-    *,
-    batch_size: int,
-    seq_len: int,
-    max_batches: int | None = None,
-    document_mask: bool = False,
-    autocast: bool = False,
-) -> float:
-    """Mean loss in nats a token, each window of `seq_len` tokens read from its own start.
-
-    Args:
-        max_batches: use only so many batches, spread evenly over the file; None reads all of it.
-        autocast: run the matrix products in bfloat16.
-    """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for batch in sequential_batches(token_file, batch_size, seq_len, max_batches=max_batches):
-        tokens, targets, documents = (t.to(device) for t in batch)
-        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast)
-        total += loss.item()
-        count += int((batch.targets != IGNORE).sum())
-    model.train(was_training)
-    return total / count
-
-
-def bits_per_byte(loss: float, token_file: TokenFile) -> float:
-    """Nats a token into bits a byte of the text: comparable between tokenizers, and with compressors."""
-    return loss * token_file.n_tokens / (math.log(2) * token_file.n_bytes)
-
-# %% ../../notebooks/31_training.ipynb #b9e96250
-def has_bf16(device: torch.device | str) -> bool:
-    """Whether the device has instructions for bfloat16 products; without them bf16 is slower than float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.device(device).type == "cpu":
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(probe() for probe in probes if probe)
-    return False
 
 # %% ../../notebooks/31_training.ipynb #3cca98e9
 @contextmanager

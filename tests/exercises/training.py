@@ -1,0 +1,70 @@
+"""Wrong answers that readers give to the exercises of lesson 31, and the words by which the checks must name them."""
+
+from llama_edu.exercises.training import check_adamw, check_batch_loss, check_inputs_and_targets, check_warmup_cosine
+
+_SHIFT = "def inputs_and_targets(window):\n    return "
+_LOSS = "def batch_loss(means, counts):\n    return "
+_RATE = "import math\ndef warmup_cosine(step, peak, final, warmup, steps):\n"
+_CLIMB = _RATE + "    if step < warmup:\n        return peak * step / warmup\n"
+
+
+def _adamw(before="", shrink="1 - lr * decay * (w.ndim >= 2)", t="step", size="v_hat.sqrt() + eps", square="g * g"):
+    return (
+        f"def adamw(w, g, m, v, step, lr, beta1, beta2, eps, decay):\n{before}"
+        f"    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * ({square})\n"
+        f"    m_hat, v_hat = m / (1 - beta1 ** ({t})), v / (1 - beta2 ** ({t}))\n"
+        f"    return w * ({shrink}) - lr * m_hat / ({size}), m, v"
+    )
+
+
+MISTAKES = [
+    (check_inputs_and_targets, _SHIFT + "window[:, :-1], window[:, :-1]", "learn to copy"),
+    (check_inputs_and_targets, _SHIFT + "window[:, 1:], window[:, :-1]", "swapped"),
+    (check_inputs_and_targets, _SHIFT + "window[:, :-2], window[:, 2:]", "shifted by two"),
+    (check_inputs_and_targets, _SHIFT + "window, window.roll(-1, 1)", "first id round"),
+    (check_inputs_and_targets, _SHIFT + "window[:-1], window[1:]", "not positions"),
+    (check_batch_loss, _LOSS + "sum(means) / len(means)", "mean of the means"),
+    (check_batch_loss, _LOSS + "sum(m * c for m, c in zip(means, counts)) / len(counts)", "number of parts"),
+    (check_batch_loss, _LOSS + "sum(m * c for m, c in zip(means, counts))", "not divided"),
+    (check_batch_loss, _LOSS + "sum(means) / sum(counts)", "multiplied by its count"),
+    (
+        check_warmup_cosine,
+        _RATE + "    step -= 1\n    if step < warmup:\n        return peak * step / warmup\n    return final",
+        "count from 0",
+    ),
+    (
+        check_warmup_cosine,
+        _RATE + "    if step < warmup:\n        return peak * (step + 1) / warmup\n    return final",
+        "one step ahead",
+    ),
+    (
+        check_warmup_cosine,
+        _CLIMB + "    s = (step - 1 - warmup) / (steps - warmup)\n"
+        "    return final + (peak - final) * (1 + math.cos(math.pi * max(0, s))) / 2",
+        "one step short",
+    ),
+    (
+        check_warmup_cosine,
+        _CLIMB + "    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2",
+        "falls to 0",
+    ),
+    (
+        check_warmup_cosine,
+        _CLIMB + "    return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / steps)) / 2",
+        "stretched over all steps",
+    ),
+    (
+        check_warmup_cosine,
+        _CLIMB + "    return peak + (final - peak) * (step - warmup) / (steps - warmup)",
+        "straight line",
+    ),
+    (check_adamw, _adamw(shrink="1 - lr * decay"), "on the wrong tensors"),
+    (check_adamw, _adamw(shrink="1 - lr * decay * (w.ndim < 2)"), "on the wrong tensors"),
+    (check_adamw, _adamw(before="    g = g + decay * w\n", shrink="1"), "into the gradient"),
+    (check_adamw, _adamw(t="10 ** 6"), "bias correction is missing"),
+    (check_adamw, _adamw(t="step + 1"), "one step ahead"),
+    (check_adamw, _adamw(size="(v_hat + eps).sqrt()"), "inside the root"),
+    (check_adamw, _adamw(size="v_hat + eps"), "not by its root"),
+    (check_adamw, _adamw(shrink="1 - decay * (w.ndim >= 2)"), "lacks the learning rate"),
+    (check_adamw, _adamw(square="g.abs()"), "squared gradient"),
+]
