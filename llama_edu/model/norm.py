@@ -59,9 +59,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
-        # PyTorch has a fused kernel on a GPU and makes one when it compiles, but none for eager code on a CPU.
-        unfused = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-        if is_manual(default=unfused):
+        # PyTorch has a fused kernel on a GPU and makes one when it compiles, but none for training on a CPU as it is.
+        training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_manual(default=training and x.device.type == "cpu" and type(x) is Tensor):
             return ManualRMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
