@@ -95,18 +95,31 @@ def evaluate(
     max_batches: int | None = None,
     document_mask: bool = False,
     autocast: bool = False,
+    progress: bool = False,
 ) -> float:
     """Mean loss in nats a token, each window of `seq_len` tokens read from its own start.
 
     Args:
         max_batches: use only so many batches, spread evenly over the file; None reads all of it.
         autocast: run the matrix products in bfloat16.
+        progress: show a progress bar.
     """
+    from tqdm import tqdm
+
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in sequential_batches(token_file, batch_size, seq_len, max_batches=max_batches):
+    n_batches = math.ceil((token_file.n_tokens - 1) / (batch_size * seq_len))
+    bar = tqdm(
+        sequential_batches(token_file, batch_size, seq_len, max_batches=max_batches),
+        desc="evaluating",
+        unit="batch",
+        total=n_batches if max_batches is None else min(n_batches, max_batches),
+        leave=False,
+        disable=None if progress else True,
+    )
+    for batch in bar:
         tokens, targets, documents = (t.to(device) for t in batch)
         loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast)
         total += loss.item()
@@ -246,7 +259,7 @@ class TrainResult:
         tokens_per_second: median over the steps.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
     step: int
     interrupted: bool
@@ -502,6 +515,7 @@ class _Run:
             max_batches=max_batches,
             document_mask=self.config.document_mask,
             autocast=self.bf16,
+            progress=self.config.progress,
         )
 
     def save(self, metrics: _Metrics) -> None:
