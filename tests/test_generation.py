@@ -241,7 +241,9 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(model, prompts, options, w
 def test_nan_is_reported_with_the_layer_where_it_begins(model):
     broken = copy.deepcopy(model)
     broken.layers["1"].feed_forward.w2.weight.data[0, 0] = torch.nan
-    with pytest.raises(NonFiniteLogits, match=r"row 0 are not finite after 3 ids; it begins in layers\.1"):
+    with pytest.raises(
+        NonFiniteLogits, match=r"row 0 are not finite after 3 ids; the trouble begins at parameter layers\.1"
+    ):
         generate(broken, PROMPTS, max_new_tokens=4)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import LlamaConfig
-from ..model.transformer import Transformer
+from ..model.transformer import Transformer, first_nonfinite
 from .cache import KVCache
 
 # (logits, rows, step) -> the next id of each row; `rows` names the prompts that the logits belong to.
@@ -68,24 +68,6 @@ class NonFiniteLogits(ValueError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.ids: list[list[int]] = []
-
-
-def _first_nonfinite(model: Transformer, tokens: Int[Tensor, "batch seq"]) -> str:
-    """Name of the first part of the network whose output is not finite for `tokens`."""
-    found: list[str] = []
-    parts = {"tok_embeddings": model.tok_embeddings, "norm": model.norm, "output": model.output}
-    parts |= {f"layers.{index}": layer for index, layer in model.layers.items()}
-
-    def hook(name):
-        return lambda module, inputs, out: None if torch.isfinite(out).all() else found.append(name)
-
-    handles = [part.register_forward_hook(hook(name)) for name, part in parts.items()]
-    try:
-        model(tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "the decoding step, not in a pass over the whole text"
 
 # %% ../../notebooks/50_kv_cache.ipynb #dadbe441
 def _check_sampling(
@@ -165,10 +147,10 @@ def _decode(
         bad = (~torch.isfinite(logits)).any(-1).nonzero()[:, 0].tolist()
         if bad:
             row = rows[bad[0]]
-            where = _first_nonfinite(model, torch.tensor([ids[row]], device=weight.device))
+            where = first_nonfinite(model, torch.tensor([ids[row]], device=weight.device))
             raise NonFiniteLogits(
-                f"the logits of row {row} are not finite after {len(ids[row])} ids; it begins in {where}: the weights "
-                "are damaged, or overflow their dtype"
+                f"the logits of row {row} are not finite after {len(ids[row])} ids; the trouble begins at "
+                f"{where or 'the cache'}: the weights are damaged, or overflow their dtype"
             )
         chosen = choose(logits, rows, step)
         new = chosen.tolist()
