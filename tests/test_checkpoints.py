@@ -299,8 +299,9 @@ def test_a_tied_file_may_repeat_its_matrix_but_not_contradict_it(tmp_path):
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
     assert same(load_pretrained(tmp_path), make_model(tie_embeddings=True))
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="different lm_head"):
-        load_pretrained(tmp_path)
+    refused(tmp_path, "different lm_head")
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].half()}, tmp_path / "model.safetensors")
+    refused(tmp_path, "different lm_head")
 
 
 def test_generation_config_is_kept_and_read_by_transformers(tmp_path):
@@ -346,7 +347,7 @@ print((kib("VmHWM") - before) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("layout", ["hf", "hf shards", "meta", "meta shards"])
 def test_peak_memory_is_the_model_and_one_tensor(layout, tmp_path):
-    cfg = LlamaConfig(dim=768, n_layers=8, n_heads=12, vocab_size=32_000, ffn_dim=2048, max_seq_len=512)
+    cfg = LlamaConfig(dim=768, n_layers=4, n_heads=12, vocab_size=32_000, ffn_dim=2048, max_seq_len=512)
     with torch.device("meta"):
         model = Transformer(cfg)
     model = model.to_empty(device="cpu")
@@ -482,7 +483,10 @@ def test_convert_carries_the_tokenizer_and_casts(tmp_path):
     assert run(["convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"YQ== 0\nYg== 1\n"
     assert same(load_pretrained(tmp_path / "hf"), model.bfloat16())
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "tokenizer.model").write_bytes(b"an older one")
     convert(tmp_path / "hf", tmp_path / "back", format="meta")
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"YQ== 0\nYg== 1\n"
     assert same(load_pretrained(tmp_path / "back"), model)
     with pytest.raises(UserError, match="name another target"):
         convert(tmp_path / "hf", tmp_path / "back" / ".." / "hf", format="meta")
@@ -644,10 +648,12 @@ def test_a_flipped_bit_in_a_header_is_refused_or_harmless(hf):
         file.write_bytes(raw)
         raw[i] ^= bit
         try:
-            assert same(load_pretrained(hf), model)
-            harmless += 1
+            checkpoint._open(hf)
         except UserError as error:
             assert "\n" not in str(error)
+        else:
+            assert same(load_pretrained(hf), model)
+            harmless += 1
     assert harmless < 0.02 * end  # padding, and the note that the tensors are PyTorch's
 
 
@@ -737,6 +743,7 @@ def test_duplicate_keys(hf, sharded):
     refused(sharded, "key 'vocab_size' twice")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_names", [False, True])
 def test_300_000_tensors(hf, long_names):
     name = "model.layers.{}.self_attn.q_proj.weight" if long_names else "{:x}"
@@ -834,7 +841,7 @@ def test_hostile_configurations(hf, change, words):
         ({"n_layers": 10**9}, "holds 2 layers"),
         ({"dim": "64"}, "wrong kind"),
         ({"multiple_of": 0}, "wrong kind"),
-        ({"ffn_dim_multiplier": 1e999}, "wrong kind|infinity"),
+        ({"ffn_dim_multiplier": 1e999}, "Infinity is no number"),
         ({"vocab_size": 10**15}, "shape"),
         ({"n_heads": 3}, "does not divide"),
         ({"rope_theta": "fast"}, "could not convert|wrong kind"),
@@ -897,7 +904,10 @@ def test_mixed_shards_of_two_meta_models(meta, tmp_path):
     """Every shard holds the norms whole: two models betray themselves there, without any checksum."""
     save_pretrained(make_model(1, n_kv_heads=2), tmp_path / "other", format="meta", model_parallel=2)
     (meta / "consolidated.01.pth").write_bytes((tmp_path / "other" / "consolidated.01.pth").read_bytes())
-    refused(meta, "shards of two models")
+    refused(meta, "another 'layers.0.attention_norm.weight' than shard 00")
+    save_pretrained(make_model(n_kv_heads=2).half(), tmp_path / "other", format="meta", model_parallel=2)
+    (meta / "consolidated.01.pth").write_bytes((tmp_path / "other" / "consolidated.01.pth").read_bytes())
+    refused(meta, "another dtype than shard 00")
     save_pretrained(make_model(1), tmp_path / "other", format="meta", model_parallel=2)
     (meta / "consolidated.01.pth").write_bytes((tmp_path / "other" / "consolidated.01.pth").read_bytes())
     refused(meta, r"consolidated.01.pth holds .*wk.weight' with shape")

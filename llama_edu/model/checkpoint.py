@@ -157,6 +157,10 @@ _TORCH_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def _open_hf(folder: Path) -> _Checkpoint:
     """Read and check the headers of a folder in Hugging Face's layout."""
     path = folder / "config.json"
@@ -170,7 +174,7 @@ def _open_hf(folder: Path) -> _Checkpoint:
     found = {name: e.shape for name, e in entries.items() if e is not spare}
     _check_names(found, wanted, folder)
     embedding = entries["model.embed_tokens.weight"]
-    if spare and not torch.equal(read_tensor(spare), read_tensor(embedding)):
+    if spare and not _same(read_tensor(spare), read_tensor(embedding)):
         raise UserError(f"{folder} ties output to embedding in config.json, but holds a different lm_head.weight")
     kind = said.get("dtype") or said.get("torch_dtype") or str(embedding.dtype).removeprefix("torch.")
     if not isinstance(kind, str) or kind.removeprefix("torch.") not in _TORCH_DTYPES:
@@ -210,9 +214,12 @@ def _open_meta(folder: Path) -> _Checkpoint:
     for name, shape in shapes.items():
         if dims[name] is not None and shape[dims[name]] % n:
             raise UserError(f"{folder} has {n} shards, between which {quote(name)} of shape {shape} cannot be divided")
-    parts = {n_: meta_io.part_shape(shape, dims[n_], n) for n_, shape in shapes.items()}
+    parts = {name: meta_io.part_shape(shape, dims[name], n) for name, shape in shapes.items()}
     for file, shard in zip(files, shards):
         _check_names({name: e.shape for name, e in shard.items()}, parts, file)
+        for name, e in shard.items():
+            if e.dtype != shards[0][name].dtype:
+                raise UserError(f"{file} has {quote(name)} in another dtype than shard 00: shards of two models?")
     _check_copies(shards, [name for name, dim in dims.items() if dim is None])
     tied = tied or _is_tied(shards, embedding_dim)
     cfg = replace(cfg, tie_embeddings=tied)
@@ -241,7 +248,7 @@ def _check_copies(shards: list[dict[str, TensorEntry]], names: list[str]) -> Non
     first = {name: t.clone() for name, t in meta_io.read_pth({name: shards[0][name] for name in names})}
     for shard in shards[1:]:
         for name, t in meta_io.read_pth({name: shard[name] for name in names}):
-            if not torch.equal(t, first[name]):
+            if not _same(t, first[name]):
                 raise UserError(f"{shard[name].file} has another {quote(name)} than shard 00: shards of two models?")
 
 
@@ -250,11 +257,9 @@ def _is_tied(shards: list[dict[str, TensorEntry]], embedding_dim: int) -> bool:
     if embedding_dim == 1 and len(shards) > 1:
         return False  # the generations that split the embedding by features tie nothing
     for shard in shards:
-        embedding, output = shard["tok_embeddings.weight"], shard["output.weight"]
-        if embedding.dtype != output.dtype:
-            return False
-        a, b = (t for _, t in meta_io.read_pth({e.name: e for e in (embedding, output)}))
-        if not torch.equal(a[:1], b[:1]) or not torch.equal(a, b):  # one row spares reading two matrices
+        both = {name: shard[name] for name in ("tok_embeddings.weight", "output.weight")}
+        a, b = (t for _, t in meta_io.read_pth(both))
+        if not _same(a[:1], b[:1]) or not _same(a, b):  # one row may spare reading two matrices
             return False
     return True
 
@@ -512,7 +517,7 @@ def save_pretrained(
     Raises:
         UserError: the format cannot hold the model, the folder cannot be replaced, or the disk is too small.
     """
-    _save(model, Path(path), format, max_shard_size, model_parallel, generation_config, companions=[])
+    _save(model, Path(path).expanduser(), format, max_shard_size, model_parallel, generation_config, companions=[])
 
 
 def _save(model, path: Path, format: str, max_shard_size: str, model_parallel: int, generation, companions) -> None:
@@ -554,8 +559,8 @@ def convert(
         max_shard_size, model_parallel: as in `save_pretrained`.
     """
     folder = _locate(source)
-    if folder.resolve() == Path(target).resolve():
+    if folder.resolve() == Path(target).expanduser().resolve():
         raise UserError(f"source and target are both {folder}: name another target")
     model = load_pretrained(folder, dtype=dtype)
     companions = [file for name in _COMPANIONS if (file := folder / name).is_file()]
-    _save(model, Path(target), format, max_shard_size, model_parallel, None, companions)
+    _save(model, Path(target).expanduser(), format, max_shard_size, model_parallel, None, companions)

@@ -72,8 +72,11 @@ def parse_json(raw: bytes, source: Path) -> dict[str, Any]:
             raise UserError(f"{source} has the key {quote(twice)} twice; which one counts is anybody's guess")
         return found
 
+    def number(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=number)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -177,7 +180,8 @@ def replace_folder(target: Path, owned: Callable[[str], bool]) -> Iterator[Path]
 
     Args:
         target: the folder to replace, or to make.
-        owned: says of a file name whether it belongs to what is replaced. Everything else in `target` is kept.
+        owned: says of a file name whether it belongs to what is replaced. Everything else in `target` is kept, unless
+            the new folder has a file of that name.
 
     Raises:
         UserError: `target` is a file, or the folder the program stands in.
@@ -206,6 +210,6 @@ def replace_folder(target: Path, owned: Callable[[str], bool]) -> Iterator[Path]
         raise
     if old.exists():
         for entry in old.iterdir():
-            if not owned(entry.name):
+            if not owned(entry.name) and not (target / entry.name).exists():
                 entry.rename(target / entry.name)
         shutil.rmtree(old)

@@ -10,6 +10,7 @@ import math
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,8 +159,9 @@ def read_pth_header(path: Path) -> dict[str, TensorEntry]:
     Raises UserError when the file is damaged, or is more than a dictionary of tensors.
     """
     size = regular_size(path)
+    file = open(path, "rb")  # outside of the try: that it may not be read is another sentence
     try:
-        with zipfile.ZipFile(path) as archive:
+        with file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             if len(infos) > MAX_TENSORS or len({i.filename for i in infos}) < len(infos):
                 raise UserError(f"{path} has {len(infos):,} records, too many or two of one name; it is no checkpoint")
@@ -181,7 +183,7 @@ def read_pth_header(path: Path) -> dict[str, TensorEntry]:
         entries = {name: _pth_entry(path, name, view, sizes) for name, view in tensors.items()}
     except UserError:
         raise
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, struct.error):
         raise UserError(
             f"{path} is no archive of torch.save: it is cut off or damaged, or older than torch 1.6 (load and save it "
             "again with a newer torch, on a machine you can lose)"
