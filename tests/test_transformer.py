@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -266,15 +268,23 @@ def test_the_first_overflow_is_named():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+COMPILE = """
+import torch
+from llama_edu import LlamaConfig, Transformer
+model = Transformer(LlamaConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=300, max_seq_len=64))
+tokens, found = torch.randint(0, 300, (2, 40)), []
+documents = torch.arange(40).div(15, rounding_mode="floor").expand(2, -1)
+for run in (model, torch.compile(model, fullgraph=True)):
+    model.zero_grad()
+    logits = run(tokens, document_ids=documents)
+    logits.square().mean().backward()
+    found.append([logits, *(p.grad.clone() for p in model.parameters())])
+torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
+"""
+
+
 @pytest.mark.slow
 def test_the_model_compiles_as_one_graph():
-    model, tokens = build(n_kv_heads=2, n_layers=2), ids()
-    compiled = torch.compile(model, fullgraph=True)
-    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=0)
-    documents = torch.arange(40).div(15, rounding_mode="floor").expand(2, -1)
-    loss = compiled(tokens, document_ids=documents).square().mean()
-    loss.backward()
-    compiled_grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    model(tokens, document_ids=documents).square().mean().backward()
-    torch.testing.assert_close(compiled_grads, [p.grad for p in model.parameters()], atol=1e-5, rtol=1e-3)
+    # In a process of its own: the type checks of the test run are nothing that torch.compile can trace.
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
