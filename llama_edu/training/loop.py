@@ -455,7 +455,7 @@ class _Run:
             if interrupted:
                 if self.step > self.saved:
                     self.save(metrics)
-                _say(f"interrupted after step {self.step} of {config.steps}; saved: run it again to go on")
+                _say(f"interrupted after step {self.step} of {config.steps}: run it again to go on from there")
         return self.result(metrics.history, resumed_from, interrupted)
 
     def train_step(self) -> dict[str, Any]:
