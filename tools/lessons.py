@@ -66,39 +66,32 @@ def write(nb: nbformat.NotebookNode, path: Path) -> None:
     temporary.replace(path)
 
 
-def exported_modules(nb: nbformat.NotebookNode) -> list[str]:
-    """The modules a lesson writes, the default one first: `tokenizer.bpe` for llama_edu/tokenizer/bpe.py."""
-    code = [c.source for c in nb.cells if c.cell_type == "code"]
-    default = [m for s in code for m in re.findall(r"^#\|\s*default_exp[ \t]+(\S+)", s, re.M)]
-    named = [m for s in code for m in re.findall(r"^#\|\s*exporti?[ \t]+(\S+)", s, re.M)]
-    return list(dict.fromkeys(default + named))
-
-
 def export(root: Path, lessons: Iterable[Path]) -> dict[str, Path]:
     """Write the modules of `lessons` below `root`. Returns module -> lesson.
 
-    nbdev appends to a module that a notebook names beside its default one and never empties it first: each such
-    module is started afresh here, so one lesson may fill several.
+    nbdev appends to a module that a notebook names beside its default one, and so doubles it at the next call: here
+    each module of a lesson is written afresh, in the same form.
     """
-    from nbdev.export import nb_export
+    from nbdev.export import ExportModuleProc
+    from nbdev.maker import ModuleMaker
+    from nbdev.process import NBProcessor
 
     os.chdir(root)
     owner: dict[str, Path] = {}
     for path in lessons:
-        modules = exported_modules(read(path))
-        for i, module in enumerate(modules):
+        parts = ExportModuleProc()
+        NBProcessor(path, parts).process()
+        for key, cells in parts.modules.items():
+            module = getattr(parts, "default_exp", None) if key == "#" else key
+            if not any(cell.cell_type == "code" for cell in cells):
+                continue
+            if module is None:
+                raise SystemExit(f"{path.name} has cells to export, but no `#| default_exp` names their module")
             if module in owner:
                 raise SystemExit(f"{path.name} and {owner[module].name} both export {PACKAGE}.{module}; one must not")
             owner[module] = path
-            target = root / PACKAGE / (module.replace(".", "/") + ".py")
-            if i > 0:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = os.path.relpath(path, target.parent)
-                target.write_text(f"{GENERATED} File to edit: {source}.\n\n# %% auto #0\n__all__ = []\n")
-        nb_export(path, lib_path=root / PACKAGE)
-        for module in modules[1:]:  # nbdev leaves what it appends to without an end of line
-            target = root / PACKAGE / (module.replace(".", "/") + ".py")
-            target.write_text(target.read_text().rstrip() + "\n")
+            maker = ModuleMaker(dest=root / PACKAGE, name=module, nb_path=path)
+            maker.make(cells, parts.in_all[key], lib_path=root / PACKAGE)
     return owner
 
 
