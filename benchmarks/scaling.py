@@ -38,16 +38,19 @@ def main() -> None:
         r = (np.log(terms.sum(axis=0)) - log_loss) / 1e-3
         share = terms / terms.sum(axis=0)
         pull = weights * np.clip(r, -1, 1) / 1e-3
-        gradient = [pull @ share[0], pull @ share[1], pull @ share[2], -pull @ (share[0] * x), -pull @ (share[1] * y)]
-        return weights @ np.where(np.abs(r) <= 1, r**2 / 2, np.abs(r) - 0.5), np.array(gradient)
+        jacobian = np.stack([*share, -share[0] * x, -share[1] * y])
+        return weights @ np.where(np.abs(r) <= 1, r**2 / 2, np.abs(r) - 0.5), jacobian @ pull
 
-    first = [np.log(fit.A) - fit.alpha * x0, np.log(fit.B) - fit.beta * y0, np.log(fit.E), fit.alpha, fit.beta]
+    first = np.log([fit.A, fit.B, fit.E]) - [fit.alpha * x0, fit.beta * y0, 0]
+    first = [*first, fit.alpha, fit.beta]
     options = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-15, "gtol": 1e-8}
     start = time.perf_counter()
     for weights in counts:
         minimize(objective, first, args=(weights,), jac=True, method="L-BFGS-B", options=options)
     theirs = (time.perf_counter() - start) / PEERS * RESAMPLES
-    print(f"scipy L-BFGS-B, one after the other, warm start: {theirs:.1f} s for {RESAMPLES} ({theirs / ours:.0f} times)")
+    print(
+        f"scipy L-BFGS-B, one after the other, warm start: {theirs:.1f} s for {RESAMPLES} ({theirs / ours:.0f} times)"
+    )
 
 
 if __name__ == "__main__":

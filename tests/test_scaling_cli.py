@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
-from llama_edu.cli.scaling import fit, read_table
+from llama_edu.cli.scaling import fit, read_table, scaling
 from llama_edu.errors import UserError
 
 STUDY = Path(__file__).resolve().parent.parent / "notebooks" / "data" / "scaling_study.csv"
@@ -23,9 +24,17 @@ def test_the_study_is_fitted_and_drawn(tmp_path, capsys):
     code = fit(STUDY, where=("arm=fit",), bootstrap=50, figure=tmp_path / "out" / "f.png", budget=3e11)
     text = capsys.readouterr().out
     assert code == 0 and "27 runs, 0 rows refused" in text
-    assert "1e+11 FLOPs" in text and "5.809e+04" in text and "N*(C) = 5.68" in text
+    assert "1e+11 FLOPs" in text and "5.809e+04" in text and "N*(C) = 5.678" in text
     assert re.search(r"E +2\.98", text) and "Best model for 3e+11 FLOPs" in text
     assert (tmp_path / "out" / "f.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_has_two_verbs(tmp_path, capsys):
+    args = ["fit", str(STUDY), "--where", "arm=fit", "--bootstrap", "0", "--figure", str(tmp_path / "f.png")]
+    assert tyro.cli(scaling, args=args) == 0
+    with pytest.raises(SystemExit):
+        tyro.cli(scaling, args=["study", "--help"])
+    assert "--workers" in capsys.readouterr().out
 
 
 def test_units_and_missing_columns(tmp_path):

@@ -87,6 +87,28 @@ def fit(
     return 0
 
 
+def study(out: Path = Path("scaling_study.csv"), *, workers: int = 2) -> int:
+    """Train the 52 small models of lesson 32 and write them as a table for `scaling fit`: minutes on two cores.
+
+    Args:
+        out: CSV file to write.
+        workers: processes, each on one core.
+    """
+    from llama_edu.scaling import run_study, save_runs
+
+    runs = run_study(workers=workers)
+    save_runs(runs, out)
+    print(f"{out}: {len(runs)} runs; fit them with `llama-edu scaling fit {out} --where arm=fit`")
+    return 0
+
+
+# What `llama-edu scaling` offers, as tyro reads it: one of two commands.
+scaling = (
+    Annotated[int, tyro.conf.subcommand("fit", constructor=fit)]
+    | Annotated[int, tyro.conf.subcommand("study", constructor=study)]
+)
+
+
 def read_table(path: Path, names: dict[str, str], where: tuple[str, ...] = ()) -> Table:
     """Read the named columns of a CSV file, in the units their headers give.
 
