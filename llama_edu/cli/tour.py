@@ -350,7 +350,7 @@ def write(
         figures=[
             report.training_figure(
                 [h["step"] for h in history],
-                [h["loss"] for h in history],
+                [math.nan if h["loss"] is None else h["loss"] for h in history],  # None: a skipped step
                 [h["lr"] for h in history],
                 speed,
                 ([s for s, _ in evaluated], [v for _, v in evaluated]),

@@ -4,6 +4,7 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'verify_checkpoint', 'newest_checkpoint']
 
 # %% ../../notebooks/31_training.ipynb #d1d66805
+import errno
 import hashlib
 import json
 import os
@@ -175,6 +176,9 @@ def _dcp(verb: str, state: dict[str, Any], path: Path) -> None:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             disk = next((cause for cause in causes if isinstance(cause, OSError)), None)
+            # PyTorch's archive writer answers a write that fell short with a failed check of its own.
+            if disk is None and any("inline_container" in str(cause) for cause in causes):
+                disk = OSError(errno.ENOSPC, "a write fell short; the disk is full or files are limited in size")
             raise disk or error from error
 
 
