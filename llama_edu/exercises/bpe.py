@@ -62,7 +62,7 @@ def check_encode_word(attempt: Callable) -> str | None:
     if b"".join(spelled.get(i, b"") for i in got) != b"abcd":
         return f"The tokens must spell the word again; for b'abcd' you returned {got}."
     if got == [257, 259]:
-        return "You merged the pair of highest rank first, or split by the longest token. The lowest rank goes first: b'bc'."
+        return "You merged the highest rank first, or the longest token. The lowest rank goes first: b'bc'."
     if got in ([97, 256, 100], [97, 98, 259]):
         return "You stopped after one merge. Go on until no neighbours make a token: b'a' and b'bc' make b'abc'."
     if got != [258, 100]:
