@@ -77,7 +77,7 @@ def _minimum(size: np.ndarray, loss: np.ndarray, window: float | None, centring:
     for _ in range(20):
         near = np.abs(x - middle) <= (np.inf if window is None else np.log(window) * (1 + 1e-9))
         if len(np.unique(x[near])) < 4:
-            return f"its window holds {len(np.unique(x[near]))} different sizes, four are needed: widen it beyond {window:g}"
+            return f"its window holds {len(np.unique(x[near]))} different sizes, four are needed: widen it"
         curve = _parabola(size[near], loss[near])
         if curve.coefficients[2] <= 0:
             return "its runs lie on a straight line or a hill, not in a valley"
