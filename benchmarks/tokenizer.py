@@ -5,7 +5,8 @@
 The corpus is the interpreter's own documentation and library, and as much of the installed packages as is needed. Every
 tokenizer reads the same list of texts, under Llama 3's pattern and with its own threads; ours compiles before the clock
 starts, and the time of that is printed apart. A peer that is not installed is left out with a line. The educational
-trainers (tiktoken's, minbpe's algorithm) would take days for the whole job; they run a small one, beside ours on the same.
+trainers (tiktoken's, minbpe's algorithm) would take days for the whole job; they run a small one, and so
+do we beside them.
 """
 
 from __future__ import annotations
