@@ -12,6 +12,7 @@ SETUP := $(PYTHON) tools/setup_venv.py
 LESSON ?=
 # Two workers of one thread each keep two cores busy without getting in each other's way.
 WORKERS ?= 2
+export TORCH_INDEX
 PYTEST := OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(WORKERS) --dist loadfile -q
 
 .PHONY: help tour test fast lab setup notebooks export check lint format bench clean

@@ -163,7 +163,7 @@ BAD_INPUT = {
     "no such file": (lambda d: d / "absent.txt", [], "no file, folder or match"),
     "empty corpus": (lambda d: write(d / "empty.txt", b" \n"), [], "the corpus is empty"),
     "undecodable bytes": (lambda d: write(d / "latin.txt", b"caf\xe9 " * 999), [], "byte 0xe9 at offset 3"),
-    "shorter than one batch": (lambda d: write(d / "s.txt", b"word and word\n" * 30), [], "of one batch of 4 sequences of 32"),
+    "shorter than one batch": (lambda d: write(d / "s.txt", b"word and word\n" * 30), [], "of one batch of 4"),
     "impossible model": (lambda d: write(d / "t.txt", TEXT.encode()), ["--n-kv-heads", "3"], "n_kv_heads 3"),
     "vocabulary too small": (lambda d: write(d / "t.txt", TEXT.encode()), ["--vocab-size", "100"], "100"),
 }

@@ -52,15 +52,15 @@ class Settings:
 def tour(
     data: str = "builtin",
     out: Path = Path("tour"),
-    vocab_size: int = 4096,
-    dim: int = 192,
+    vocab_size: int = 2048,
+    dim: int = 128,
     n_layers: int = 4,
-    n_heads: int = 6,
+    n_heads: int = 4,
     n_kv_heads: int = 2,
     seq_len: int = 256,
-    batch_size: int = 16,
-    steps: int = 500,
-    lr: float = 4e-3,
+    batch_size: int = 4,
+    steps: int = 3500,
+    lr: float = 6e-3,
     seed: int = 0,
 ) -> int:
     """Train a tokenizer and a small Llama on real text, and let it write.

@@ -17,8 +17,9 @@ MISTAKES = [
     (check_count_pairs, _COUNT + "    return Counter(pairwise(b''.join(w * n for w, n in words.items())))", "border"),
     (check_count_pairs, _COUNT + "    for w, n in words.items():\n        for q in set(pairwise(w)): c[q] += n\n"
      "    return c", "overlap"),
-    (check_replace_run, "def replace_run(ids, pair, new):\n    out = list(ids)\n    i = len(out) - 2\n    while i >= 0:\n"
-     "        if tuple(out[i:i+2]) == pair: out[i:i+2] = [new]\n        i -= 1\n    return out", "right to left"),
+    (check_replace_run, "def replace_run(ids, pair, new):\n    out = list(ids)\n    i = len(out) - 2\n"
+     "    while i >= 0:\n        if tuple(out[i:i+2]) == pair: out[i:i+2] = [new]\n        i -= 1\n    return out",
+     "right to left"),
     (check_replace_run, _RUN + "        m = tuple(ids[i:i+2]) == pair\n        out.append(new if m else ids[i])\n"
      "        i += 1\n    return out", "in two pairs"),
     (check_replace_run, _RUN + "        if tuple(ids[i:i+2]) == pair:\n            ids[i:i+2] = [new]\n        i += 1\n"
