@@ -218,8 +218,10 @@ def test_a_tour_of_shakespeare(data_dir, tmp_path):
     file = data_dir / "tinyshakespeare.txt"
     if not file.exists():
         pytest.skip(f"{file} is absent")
-    options = ["--vocab-size", "1024", "--dim", "64", "--n-layers", "2", "--n-heads", "4", "--steps", "60"]
-    done = llama_edu("tour", "--data", file, "--out", tmp_path / "out", *options, "--seq-len", "64")
+    options = ["--vocab-size", "1024", "--dim", "64", "--n-layers", "2", "--n-heads", "4", "--steps", "100"]
+    done = llama_edu(
+        "tour", "--data", file, "--out", tmp_path / "out", *options, "--seq-len", "64", "--batch-size", "16"
+    )
     assert done.returncode == 0, done.stderr
     scores = {name: float(bits) for bits, name in re.findall(r"^  (\d\.\d{3})  (.+)$", done.stdout, re.M)}
     assert scores["this model"] < scores["unigram model over the same tokens"]
