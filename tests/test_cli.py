@@ -1,11 +1,14 @@
 """The command line: help is quick, mistakes are one sentence and exit code 2, nothing written is harmed."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,32 @@ def test_every_verb_explains_its_options(verb, capsys):
 def test_an_unknown_verb_is_answered_with_the_choice():
     with pytest.raises(UserError, match="no verb 'tuor'; the verbs are tour"):
         run(["tuor"])
+
+
+@pytest.mark.slow
+def test_lab_serves_the_lessons():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_edu.cli.main", "lab", "--port", str(port), "--no-browser"]
+    env = {**os.environ, "JUPYTER_TOKEN": "test"}
+    server = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                address = f"http://127.0.0.1:{port}/api/contents?token=test"
+                listed = json.load(urllib.request.urlopen(address, timeout=10))
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, server.communicate()
+                time.sleep(0.2)
+        assert "00_llama_family.ipynb" in {entry["name"] for entry in listed["content"]}
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 @pytest.fixture(scope="module")
