@@ -4,6 +4,8 @@
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'draw', 'NonFiniteLogits', 'generate']
 
 # %% ../../notebooks/50_kv_cache.ipynb #f394712f
+__doc__ = "Writing text: the choice of the next token, and batches of prompts of any lengths through one cache."
+
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 

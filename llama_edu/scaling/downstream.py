@@ -4,6 +4,8 @@
 __all__ = ['Law', 'DownstreamFit', 'fit_downstream']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #48dc014c
+__doc__ = "Two-step forecasts: compute to the loss of the right answer, and from there to accuracy."
+
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 

@@ -4,6 +4,8 @@
 __all__ = ['draw_isoflops', 'draw_laws']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #a6d508fb
+__doc__ = "The figures of a study: parabolas, power laws, the loss and its frontier, forecasts."
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes

@@ -4,6 +4,8 @@
 __all__ = ['Parabola', 'Optimum', 'IsoflopFit', 'fit_isoflops']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #1b71bc96
+__doc__ = "Optimal sizes from runs of equal compute: a parabola at each budget, a power law through the vertices."
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -4,6 +4,8 @@
 __all__ = ['NAMES', 'ParametricFit', 'fit_parametric']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #0fe9c2ae
+__doc__ = "The law of the loss, E + A / N^alpha + B / D^beta: robust fits, variable projection, bootstrap."
+
 import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -4,6 +4,8 @@
 __all__ = ['Problem', 'Model', 'Minimum', 'minimise', 'least_squares']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #71707b90
+__doc__ = "Many small fits at once: a damped Newton method on batches of objectives."
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -4,6 +4,8 @@
 __all__ = ['MarkovSource', 'Run', 'plan_study', 'train_run', 'run_study', 'save_runs', 'load_runs']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #128f7149
+__doc__ = "A study small enough to run oneself: a source of known entropy, tiny models, runs of equal compute."
+
 import csv
 import multiprocessing
 from collections.abc import Iterable

@@ -4,6 +4,8 @@
 __all__ = ['save_checkpoint', 'load_checkpoint', 'verify_checkpoint', 'newest_checkpoint']
 
 # %% ../../notebooks/31_training.ipynb #d1d66805
+__doc__ = "Checkpoints that are whole or absent: a folder a step, a manifest of hashes last, then one rename."
+
 import errno
 import hashlib
 import json

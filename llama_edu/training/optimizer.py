@@ -4,6 +4,8 @@
 __all__ = ['decay_groups', 'make_optimizer']
 
 # %% ../../notebooks/31_training.ipynb #c6b1d725
+__doc__ = "AdamW as Llama uses it: which parameters decay, and the fused optimiser."
+
 import torch
 from torch import nn
 

@@ -4,6 +4,8 @@
 __all__ = ['Schedule', 'learning_rate']
 
 # %% ../../notebooks/31_training.ipynb #c1a51679
+__doc__ = "The learning rate of a step: warm-up, then cosine, linear, warm-up-stable-decay or constant."
+
 import math
 from typing import Literal
 
