@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from llama_edu import LlamaConfig, Transformer, generate
 from llama_edu.cli import report
@@ -210,10 +211,9 @@ def make_baselines(path: Path, split: Split, shards: list[TokenFile]) -> dict[st
         return json.loads(path.read_text())
     seen, new = ("\n".join(d.text for d in part).encode() for part in (split.train, split.held_out))
     seen = seen[-LZMA_WINDOW:]
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": LZMA_WINDOW}]
-    size = lambda text: len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters))
-    with ThreadPoolExecutor() as pool:  # lzma releases the interpreter's lock
-        alone, before, both = pool.map(size, (new, seen, seen + new))
+    with tqdm(desc="lzma", total=2 * (len(seen) + len(new)), unit="B", unit_scale=True, disable=None) as bar:
+        with ThreadPoolExecutor() as pool:  # lzma releases the interpreter's lock
+            alone, before, both = pool.map(lambda text: lzma_size(text, bar), (new, seen, seen + new))
     found = {
         "lzma, having read the training text": 8 * (both - before) / len(new),
         "lzma": 8 * alone / len(new),
@@ -223,6 +223,17 @@ def make_baselines(path: Path, split: Split, shards: list[TokenFile]) -> dict[st
     temporary.write_text(json.dumps(found))
     temporary.replace(path)
     return found
+
+
+def lzma_size(text: bytes, bar: tqdm) -> int:
+    """Bytes of `text` compressed, piece by piece so that the bar moves."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": LZMA_WINDOW}]
+    compressor, size = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=filters), 0
+    for start in range(0, len(text), 1 << 18):
+        piece = text[start : start + (1 << 18)]
+        size += len(compressor.compress(piece))
+        bar.update(len(piece))
+    return size + len(compressor.flush())
 
 
 def unigram_bits(seen: TokenFile, new: TokenFile) -> float:
