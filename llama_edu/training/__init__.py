@@ -9,15 +9,10 @@ from llama_edu._lazy import lazy
 
 if TYPE_CHECKING:
     from llama_edu.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, verify_checkpoint
-    from llama_edu.training.loop import (
-        TrainConfig,
-        TrainResult,
-        backward_batch,
-        bits_per_byte,
-        evaluate,
-        next_token_loss,
-        train,
-    )
+    from llama_edu.training.config import TrainConfig
+    from llama_edu.training.evaluation import bits_per_byte, evaluate
+    from llama_edu.training.loop import TrainResult, train
+    from llama_edu.training.loss import backward_batch, next_token_loss
     from llama_edu.training.optimizer import decay_groups, make_optimizer
     from llama_edu.training.schedule import learning_rate
 
@@ -42,15 +37,10 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "checkpoint": ("load_checkpoint", "newest_checkpoint", "save_checkpoint", "verify_checkpoint"),
-        "loop": (
-            "TrainConfig",
-            "TrainResult",
-            "backward_batch",
-            "bits_per_byte",
-            "evaluate",
-            "next_token_loss",
-            "train",
-        ),
+        "config": ("TrainConfig",),
+        "evaluation": ("bits_per_byte", "evaluate"),
+        "loop": ("TrainResult", "train"),
+        "loss": ("backward_batch", "next_token_loss"),
         "optimizer": ("decay_groups", "make_optimizer"),
         "schedule": ("learning_rate",),
     },
