@@ -6,7 +6,16 @@ from llama_edu._lazy import lazy
 
 if TYPE_CHECKING:
     from llama_edu.data.sources import BUILTIN, Document, Split, held_out, read_documents
-    from llama_edu.data.tokens import Batch, Batches, TokenFile, sequential_batches, tokenizer_hash, write_tokens
+    from llama_edu.data.stream import TokenStream, open_stream
+    from llama_edu.data.tokens import (
+        Batch,
+        Batches,
+        TokenFile,
+        document_positions,
+        sequential_batches,
+        tokenizer_hash,
+        write_tokens,
+    )
 
 __all__ = [
     "BUILTIN",
@@ -15,7 +24,10 @@ __all__ = [
     "Document",
     "Split",
     "TokenFile",
+    "TokenStream",
+    "document_positions",
     "held_out",
+    "open_stream",
     "read_documents",
     "sequential_batches",
     "tokenizer_hash",
@@ -26,6 +38,15 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "sources": ("BUILTIN", "Document", "Split", "held_out", "read_documents"),
-        "tokens": ("Batch", "Batches", "TokenFile", "sequential_batches", "tokenizer_hash", "write_tokens"),
+        "stream": ("TokenStream", "open_stream"),
+        "tokens": (
+            "Batch",
+            "Batches",
+            "TokenFile",
+            "document_positions",
+            "sequential_batches",
+            "tokenizer_hash",
+            "write_tokens",
+        ),
     },
 )

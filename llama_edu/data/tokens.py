@@ -23,7 +23,16 @@ from torch import Tensor
 
 from llama_edu.errors import UserError
 
-__all__ = ["IGNORE", "Batch", "Batches", "TokenFile", "sequential_batches", "tokenizer_hash", "write_tokens"]
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Batches",
+    "TokenFile",
+    "document_positions",
+    "sequential_batches",
+    "tokenizer_hash",
+    "write_tokens",
+]
 
 VERSION = 1
 FLUSH_BYTES = 1 << 22
@@ -211,6 +220,17 @@ class TokenFile:
         return Batch(*(torch.from_numpy(a) for a in (tokens, targets, documents)))
 
 
+def document_positions(document_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+    """Position of each token inside its document's part of the row: 0, 1, 2, ... again at each new document.
+
+    Example: a row of documents `[4, 4, 4, 5, 5]` has positions `[0, 1, 2, 0, 1]`.
+    """
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    new = torch.ones_like(document_ids, dtype=torch.bool)
+    new[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(new, index, 0).cummax(dim=1).values
+
+
 class Batches:
     """Training batches as a function of the step: nothing to save, nothing to rewind.
 
@@ -238,11 +258,34 @@ class Batches:
                 "or lower batch_size or seq_len"
             )
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
-        epoch, position = np.divmod(step * self.batch_size + np.arange(self.batch_size), self.n_windows)
+    @property
+    def n_sequences(self) -> int:
+        """Sequences of an epoch."""
+        return self.n_windows
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Sequences `first` to `first + count - 1` of the run, counted from 0."""
+        epoch, position = np.divmod(first + np.arange(count), self.n_windows)
         windows = shuffled(position, self.n_windows, self.seed, epoch)
         return self.token_file.windows(windows * self.seq_len, self.seq_len)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0."""
+        return self.rows(step * self.batch_size, self.batch_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.token_file.vocab_size
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.token_file.tokenizer_sha256
+
+    def fingerprint(self, until: int | None = None) -> str:
+        """sha256 of all that fixes the sequences: the tokens, their tokenizer, the length and the seed."""
+        file = self.token_file
+        parts = ("windows", file.tokens_sha256, file.tokenizer_sha256, self.seq_len, self.seed)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def sequential_batches(
