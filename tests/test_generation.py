@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_edu import KVCache, LlamaConfig, Transformer, generate
 from llama_edu.config import RopeScaling
-from llama_edu.generation import NonFiniteLogits, draw, keep_min_p, keep_top_k, keep_top_p
+from llama_edu.generation import NonFiniteLogits, Sampler
 
 SHAPE = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=48)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
@@ -157,6 +156,21 @@ def test_the_same_seed_draws_the_same_and_another_draws_others(model):
     assert say(None) == first
 
 
+def test_another_choice_can_be_handed_in(model):
+    seen = []
+
+    def second(logits, rows, step, ids):
+        seen.append((list(rows), step, [list(i) for i in ids]))
+        return logits.topk(2).indices[:, 1]
+
+    new = generate(model, PROMPTS, max_new_tokens=3, choose=second)
+    assert new != generate(model, PROMPTS, max_new_tokens=3)
+    assert seen[2] == ([0, 1, 2], 2, [p + n[:2] for p, n in zip(PROMPTS, new)])
+    assert generate(model, PROMPTS, max_new_tokens=3, choose=Sampler()) == generate(model, PROMPTS, max_new_tokens=3)
+    with pytest.raises(ValueError, match="temperature and seed would be ignored"):
+        generate(model, PROMPTS, max_new_tokens=3, choose=second, temperature=1.0, seed=1)
+
+
 @pytest.mark.parametrize("options", [dict(temperature=1e-300), dict(temperature=1e-5), dict(temperature=1.0, top_k=1),
                                      dict(temperature=1.0, top_p=1e-9), dict(temperature=1.0, min_p=1.0)])  # fmt: skip
 def test_narrow_sampling_is_greedy(model, options):
@@ -169,44 +183,6 @@ def test_gradients_are_not_recorded(model):
     steps = generate(model, PROMPTS, max_new_tokens=2, stream=True)
     next(steps)
     assert torch.is_grad_enabled()
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def test_keep_functions_agree_with_transformers():
-    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for ours, theirs, values in [
-        (keep_top_k, TopKLogitsWarper, (1, 3, 50, 300, 1000)),
-        (keep_top_p, TopPLogitsWarper, (0.01, 0.3, 0.9, 0.999, 1.0)),
-        (keep_min_p, MinPLogitsWarper, (0.0, 0.01, 0.5, 1.0)),
-    ]:
-        for value in values:
-            torch.testing.assert_close(ours(logits, value), theirs(value)(None, logits), atol=0, rtol=0)
-
-
-def test_keep_top_p_of_one_keeps_everything_in_float32():
-    logits = 5 * torch.randn(20, 5000, generator=torch.Generator().manual_seed(0))
-    assert keep_top_p(logits, 1.0).isfinite().all()
-
-
-def test_draw_follows_the_probabilities():
-    from scipy.stats import chisquare
-
-    logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, 1.0, -torch.inf]])
-    n = 40_000
-    uniform = torch.tensor(np.random.default_rng(0).random(n))
-    counts = torch.bincount(draw(logits.expand(n, -1), uniform), minlength=6)
-    assert counts[5] == 0
-    assert chisquare(counts[:5].numpy(), n * logits.double().softmax(-1)[0, :5].numpy()).pvalue > 1e-3
-
-
-@given(u=st.floats(0, 1, exclude_max=True), logits=st.lists(st.floats(-30, 30), min_size=1, max_size=20))
-def test_draw_never_takes_what_has_no_probability(u, logits):
-    row = torch.tensor([[-torch.inf, *logits, -torch.inf]], dtype=torch.float64)
-    assert 1 <= int(draw(row, torch.tensor([u], dtype=torch.float64))) <= len(logits)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -9,14 +9,26 @@ from llama_edu._lazy import lazy
 
 if TYPE_CHECKING:
     from llama_edu.generation.cache import KVCache
-    from llama_edu.generation.decode import NonFiniteLogits, draw, generate, keep_min_p, keep_top_k, keep_top_p
+    from llama_edu.generation.decode import NonFiniteLogits, generate
+    from llama_edu.generation.sampling import Choose, Sampler, draw, keep_min_p, keep_top_k, keep_top_p
 
-__all__ = ["KVCache", "NonFiniteLogits", "draw", "generate", "keep_min_p", "keep_top_k", "keep_top_p"]
+__all__ = [
+    "Choose",
+    "KVCache",
+    "NonFiniteLogits",
+    "Sampler",
+    "draw",
+    "generate",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "cache": ("KVCache",),
-        "decode": ("NonFiniteLogits", "draw", "generate", "keep_min_p", "keep_top_k", "keep_top_p"),
+        "decode": ("NonFiniteLogits", "generate"),
+        "sampling": ("Choose", "Sampler", "draw", "keep_min_p", "keep_top_k", "keep_top_p"),
     },
 )
