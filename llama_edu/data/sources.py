@@ -11,10 +11,11 @@ import hashlib
 import io
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from llama_edu.errors import UserError
 
@@ -35,27 +36,32 @@ class Document:
     name: str
 
 
-def read_documents(spec: str | Path) -> Iterator[Document]:
+def read_documents(spec: str | Path | Sequence[str | Path], *, field: str = "text") -> Iterator[Document]:
     """Documents of a source, in a fixed order; empty ones are left out.
 
     Args:
         spec: `"builtin"` (this interpreter's documentation topics and the sources of its library, with their
             docstrings: real text that is on every machine), a file, a folder (searched for files of the formats below),
-            a glob pattern, or `"hf:NAME"` for the training split of a Hub data set (needs the extra `hub`).
-            Formats: `.txt` and `.md` (a file is a document), `.jsonl` and `.parquet` (a row is a document, its text in
-            the field `text`), each as it is or with `.gz` or `.zst` after it.
+            a glob pattern, or `"hf:NAME"` for the training split of a Hub data set, which is streamed (needs the extra
+            `hub`; NAME may be a local folder that `datasets` reads). `"hf:NAME?config=en&split=test&revision=v1"`
+            chooses among what the data set offers. Several of these: a list, read one after the other.
+            Formats: `.txt` and `.md` (a file is a document), `.jsonl` and `.parquet` (a row is a document), each as it
+            is or with `.gz` or `.zst` after it.
+        field: where a row of `.jsonl`, `.parquet` or a Hub data set has its text.
 
     Raises:
         UserError: nothing is there, a file is of another format, or its content is damaged or no UTF-8; the sentence
             names file and line or offset.
     """
+    if not isinstance(spec, (str, Path)):
+        return (document for one in spec for document in read_documents(one, field=field))
     spec = str(spec)
     if spec == BUILTIN:
         readers: Iterator[Document] = _builtin()
     elif spec.startswith("hf:"):
-        readers = _hub(spec.removeprefix("hf:"))
+        readers = _hub(spec.removeprefix("hf:"), field)
     else:
-        readers = (document for path in _files(spec) for document in _read_file(path))
+        readers = (document for path in _files(spec) for document in _read_file(path, field))
     return (document for document in readers if document.text.strip())
 
 
@@ -173,17 +179,17 @@ def _open(path: Path, compression: str) -> Iterator[io.BufferedIOBase]:
         raise
 
 
-def _read_file(path: Path) -> Iterator[Document]:
+def _read_file(path: Path, field: str) -> Iterator[Document]:
     kind, compression = _suffixes(path)
     if not kind:
         raise UserError(f"{path} is of no known format: a name ends in {', '.join(FORMATS)}, alone or with .gz or .zst")
     with _open(path, compression) as file:
         if kind == ".parquet":
-            yield from _parquet(path, file if compression else None)
+            yield from _parquet(path, file if compression else None, field)
         elif kind == ".jsonl":
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Document(_row(line, path, number), f"{path.as_posix()}:{number}")
+                    yield Document(_row(line, path, number, field), f"{path.as_posix()}:{number}")
         else:
             yield Document(_decode(file.read(), path), path.as_posix())
 
@@ -198,51 +204,58 @@ def _decode(data: bytes, path: Path, line: int | None = None) -> str:
         ) from error
 
 
-def _row(line: bytes, path: Path, number: int) -> str:
+def _row(line: bytes, path: Path, number: int, field: str) -> str:
     try:
         row = json.loads(_decode(line, path, number))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f'{path}, line {number} has no text: a line is an object with a string under "text"')
-    return row["text"]
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise UserError(f'{path}, line {number} has no text: a line is an object with a string under "{field}"')
+    return row[field]
 
 
-def _parquet(path: Path, file: io.BufferedIOBase | None) -> Iterator[Document]:
+def _parquet(path: Path, file: io.BufferedIOBase | None, field: str) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path if file is None else pa.BufferReader(file.read()))
-        if "text" not in table.schema_arrow.names:
-            raise UserError(f"{path} has no column 'text'; its columns are {', '.join(table.schema_arrow.names)}")
+        if field not in table.schema_arrow.names:
+            raise UserError(f"{path} has no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 if text is None:
                     continue
                 if not isinstance(text, str):
-                    raise UserError(f"{path}: column 'text' holds {type(text).__name__} values, not strings")
+                    raise UserError(f"{path}: column {field!r} holds {type(text).__name__} values, not strings")
                 yield Document(text, f"{path.as_posix()}:{number}")
     except pa.ArrowException as error:
         raise UserError(f"{path} is no readable parquet file: {error}") from error
 
 
-def _hub(name: str) -> Iterator[Document]:
+def _hub(name: str, field: str) -> Iterator[Document]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError("reading a Hub data set needs the extra 'hub': pip install 'llama-edu[hub]'") from error
+    path, _, query = name.partition("?")
+    choices = dict(parse_qsl(query))
+    if unknown := sorted(set(choices) - {"config", "split", "revision"}):
+        raise UserError(f"hf:{name} chooses {unknown[0]!r}; a data set has config, split and revision to choose")
+    if "config" in choices:
+        choices["name"] = choices.pop("config")
+    choices = {"split": "train"} | choices
     try:
-        rows = load_dataset(name, split="train", streaming=True)
+        rows = load_dataset(path, streaming=True, **choices)
         for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get("text"), str):
-                raise UserError(f"the data set {name!r} has no string field 'text'; its fields are {', '.join(row)}")
-            yield Document(row["text"], f"hf:{name}:{number}")
+            if not isinstance(row.get(field), str):
+                raise UserError(f"the data set {path!r} has no string field {field!r}; its fields are {', '.join(row)}")
+            yield Document(row[field], f"hf:{name}:{number}")
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"the data set {name!r} could not be read from the Hub: {str(error).splitlines()[0]}"
+            f"the data set {path!r} could not be read from the Hub: {str(error).splitlines()[0]}"
         ) from error

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from llama_edu.data.shuffle import shuffled
 from llama_edu.errors import UserError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Batch",
     "Batches",
     "TokenFile",
+    "TokenShards",
     "document_positions",
     "sequential_batches",
     "tokenizer_hash",
@@ -90,26 +92,67 @@ def write_tokens(documents: Iterable[str], tokenizer: Any, out_dir: str | Path, 
     return TokenFile(out)
 
 
-def _write_shard(documents: Iterable[str], tokenizer: Any, folder: Path, progress: bool) -> None:
+def encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """(UTF-8 bytes, ids) of each document that is not empty, the ids between the begin and end tokens as far as any.
+
+    Raises:
+        UserError: the tokenizer gave an id that its vocabulary does not have.
+    """
+    ends = {name: getattr(tokenizer, f"{name}_id", None) is not None for name in ("bos", "eos")}
+    for group in _groups(documents):
+        if hasattr(tokenizer, "encode_batch"):
+            rows = tokenizer.encode_batch(group, **ends)
+        else:
+            rows = (tokenizer.encode(text, **ends) for text in group)
+        for text, row in zip(group, rows):
+            ids = np.asarray(row, dtype=np.int64)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.n_vocab:
+                bad = ids.max() if ids.min() >= 0 else ids.min()
+                raise UserError(
+                    f"the tokenizer gave the id {bad}, but its vocabulary has {tokenizer.n_vocab} tokens, 0 to "
+                    f"{tokenizer.n_vocab - 1}"
+                )
+            yield n_bytes(text), ids
+
+
+def n_bytes(text: str) -> int:
+    """Length of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _groups(documents: Iterable[str], characters: int = 1 << 18) -> Iterator[list[str]]:
+    """Documents in lists of about as many characters: a tokenizer encodes many small ones faster at a time."""
+    group: list[str] = []
+    size = 0
+    for text in documents:
+        if text:
+            group.append(text)
+            size += len(text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_shard(
+    documents: Iterable[str], tokenizer: Any, folder: Path, progress: bool, extra: dict[str, Any] | None = None
+) -> None:
     from tqdm import tqdm
 
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    ends = {name: getattr(tokenizer, f"{name}_id", None) is not None for name in ("bos", "eos")}
-    bounds, n_bytes, digest = array("q", [0]), 0, hashlib.sha256()
+    bounds, total, digest = array("q", [0]), 0, hashlib.sha256()
     bar = tqdm(desc="encoding", unit="B", unit_scale=True, disable=None if progress else True)
     with open(folder / "tokens.bin", "wb", buffering=FLUSH_BYTES) as file, bar:
-        for text in documents:
-            if not text:
-                continue
-            ids = np.asarray(tokenizer.encode(text, **ends), dtype=dtype)
+        for size, ids in encoded(documents, tokenizer):
+            ids = ids.astype(dtype)
             file.write(ids.data)
             digest.update(ids.data)
             bounds.append(bounds[-1] + len(ids))
-            size = len(text.encode("utf-8", "surrogatepass"))
-            n_bytes += size
+            total += size
             bar.update(size)
         _sync(file)
-    if not n_bytes:
+    if not total:
         raise UserError("there is no text to encode: no document holds a character")
     with open(folder / "documents.npy", "wb") as file:
         np.save(file, np.frombuffer(bounds, dtype="<i8"))
@@ -119,10 +162,11 @@ def _write_shard(documents: Iterable[str], tokenizer: Any, folder: Path, progres
         "dtype": dtype.name,
         "n_tokens": bounds[-1],
         "n_documents": len(bounds) - 1,
-        "n_bytes": n_bytes,
+        "n_bytes": total,
         "vocab_size": tokenizer.n_vocab,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "tokenizer_sha256": (extra or {}).get("tokenizer_sha256") or tokenizer_hash(tokenizer),
         "tokens_sha256": digest.hexdigest(),
+        **(extra or {}),
     }
     with open(folder / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)
@@ -165,6 +209,7 @@ class TokenFile:
                 int(meta[name]) for name in ("n_tokens", "n_documents", "n_bytes", "vocab_size")
             )
             self.tokenizer_sha256, self.tokens_sha256 = str(meta["tokenizer_sha256"]), str(meta["tokens_sha256"])
+            self.text_sha256 = meta.get("text_sha256")
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             fault = f"{type(error).__name__}: {error}"
             raise UserError(f"{meta_file} is damaged ({fault}); write the tokens again") from error
@@ -184,6 +229,7 @@ class TokenFile:
             )
         ):
             raise UserError(f"{self.path / 'documents.npy'} does not fit meta.json; write the tokens again")
+        self._ids, self._bounds = np.asarray(self.tokens), np.asarray(self.documents)  # quicker to slice than a memmap
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
         file, expected = self.path / name, self.n_tokens * dtype.itemsize
@@ -196,7 +242,7 @@ class TokenFile:
         return self.n_tokens
 
     def __repr__(self) -> str:
-        return f"TokenFile({str(self.path)!r}: {self.n_tokens:,} tokens in {self.n_documents:,} documents)"
+        return f"{type(self).__name__}({str(self.path)!r}: {self.n_tokens:,} tokens in {self.n_documents:,} documents)"
 
     def verify(self) -> None:
         """Read every token and compare with the hash. Raises UserError where a byte has changed."""
@@ -206,18 +252,101 @@ class TokenFile:
         if digest.hexdigest() != self.tokens_sha256:
             raise UserError(f"{self.path / 'tokens.bin'} has changed since it was written; write the tokens again")
 
-    def windows(self, starts: np.ndarray, seq_len: int) -> Batch:
+    def bounds(self) -> Int[np.ndarray, " ends"]:
+        """Where each document begins, and the end."""
+        return self._bounds
+
+    def copy(self, start: int, out: Int[np.ndarray, " n"]) -> None:
+        """Fill `out` with the ids from `start` on."""
+        out[:] = self._ids[start : start + len(out)]
+
+    def copy_documents(self, start: int, out: Int[np.ndarray, " n"]) -> None:
+        """Fill `out` with the numbers of the documents that the tokens from `start` on belong to."""
+        first, last = np.searchsorted(self._bounds, (start, start + len(out) - 1), side="right") - 1
+        if first == last:
+            out[:] = first
+        else:
+            lengths = np.diff(self._bounds[first + 1 : last + 1], prepend=start, append=start + len(out))
+            out[:] = np.repeat(np.arange(first, last + 1), lengths)
+
+    def windows(self, starts: Int[np.ndarray, " count"], seq_len: int) -> Batch:
         """The batch whose row i reads `seq_len` tokens from `starts[i]` on, targets one further.
 
         What lies beyond the end of the file is token 0 without a target.
         """
-        at = starts[:, None] + np.arange(seq_len + 1)
-        ids = self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64)
-        inside = at < self.n_tokens
-        tokens = np.where(inside[:, :-1], ids[:, :-1], 0)
-        targets = np.where(inside[:, 1:], ids[:, 1:], IGNORE)
-        documents = np.searchsorted(self.documents, at[:, :-1], side="right") - 1
+        shape = (len(starts), seq_len)
+        tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        documents = np.full(shape, self.n_documents, np.int64)
+        for row, start in enumerate(starts.tolist()):
+            n = min(seq_len, self.n_tokens - start)
+            if n > 0:
+                self.copy(start, tokens[row, :n])
+                self.copy_documents(start, documents[row, :n])
+                self.copy(start + 1, targets[row, : min(n, self.n_tokens - start - 1)])
         return Batch(*(torch.from_numpy(a) for a in (tokens, targets, documents)))
+
+
+class TokenShards(TokenFile):
+    """Several shards read as one, in the order given: the same windows as if they were one file.
+
+    Args:
+        shards: folders written by `write_tokens`.
+        path: the folder they are in, for messages.
+
+    Raises:
+        UserError: one of them is no whole shard, or another tokenizer wrote it.
+    """
+
+    def __init__(self, shards: Iterable[str | Path], path: str | Path | None = None) -> None:
+        self.shards = [TokenFile(shard) for shard in shards]
+        if not self.shards:
+            raise UserError("there are no shards to read; give one or more folders of tokens")
+        first = self.shards[0]
+        self.path = first.path.parent if path is None else Path(path)
+        for shard in self.shards[1:]:
+            if shard.tokenizer_sha256 != first.tokenizer_sha256:
+                raise UserError(
+                    f"{shard.path} and {first.path} were written by two tokenizers ({shard.tokenizer_sha256[:8]} and "
+                    f"{first.tokenizer_sha256[:8]}); write one of them again with the other's"
+                )
+        self.n_tokens, self.n_documents, self.n_bytes = (
+            sum(getattr(shard, name) for shard in self.shards) for name in ("n_tokens", "n_documents", "n_bytes")
+        )
+        self.vocab_size, self.tokenizer_sha256 = first.vocab_size, first.tokenizer_sha256
+        hashes = "\n".join(shard.tokens_sha256 for shard in self.shards)
+        self.tokens_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        self._token_starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)])
+        self._document_starts = np.cumsum([0, *(shard.n_documents for shard in self.shards)])
+
+    def verify(self) -> None:
+        """Read every token of every shard and compare with the hashes."""
+        for shard in self.shards:
+            shard.verify()
+
+    def bounds(self) -> Int[np.ndarray, " ends"]:
+        """Where each document begins, and the end."""
+        parts = [shard.bounds()[:-1] + start for shard, start in zip(self.shards, self._token_starts)]
+        return np.concatenate([*parts, [self.n_tokens]])
+
+    def _parts(self, start: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(number of a shard, where in it, the part of `out` that it fills)."""
+        number, done = int(np.searchsorted(self._token_starts, start, side="right")) - 1, 0
+        while done < len(out):
+            inside = start + done - int(self._token_starts[number])
+            n = min(len(out) - done, self.shards[number].n_tokens - inside)
+            yield number, inside, out[done : done + n]
+            number, done = number + 1, done + n
+
+    def copy(self, start: int, out: Int[np.ndarray, " n"]) -> None:
+        """Fill `out` with the ids from `start` on."""
+        for number, inside, part in self._parts(start, out):
+            self.shards[number].copy(inside, part)
+
+    def copy_documents(self, start: int, out: Int[np.ndarray, " n"]) -> None:
+        """Fill `out` with the numbers of the documents that the tokens from `start` on belong to."""
+        for number, inside, part in self._parts(start, out):
+            self.shards[number].copy_documents(inside, part)
+            part += self._document_starts[number]
 
 
 def document_positions(document_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
@@ -263,11 +392,15 @@ class Batches:
         """Sequences of an epoch."""
         return self.n_windows
 
-    def rows(self, first: int, count: int) -> Batch:
-        """Sequences `first` to `first + count - 1` of the run, counted from 0."""
-        epoch, position = np.divmod(first + np.arange(count), self.n_windows)
+    def take(self, numbers: Int[np.ndarray, " count"]) -> Batch:
+        """The sequences of these numbers, in this order."""
+        epoch, position = np.divmod(numbers, self.n_windows)
         windows = shuffled(position, self.n_windows, self.seed, epoch)
         return self.token_file.windows(windows * self.seq_len, self.seq_len)
+
+    def rows(self, first: int, count: int) -> Batch:
+        """Sequences `first` to `first + count - 1` of the run, counted from 0."""
+        return self.take(first + np.arange(count))
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
@@ -304,33 +437,3 @@ def sequential_batches(
     windows = np.concatenate([windows, np.full(rest, n_windows)])
     for rows in windows.reshape(-1, batch_size):
         yield token_file.windows(rows * seq_len, seq_len)
-
-
-def shuffled(position: np.ndarray, n: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
-    """Where `position` (0 to n - 1) stands in a random order of n things, one order for each seed and epoch.
-
-    A Feistel network turns half of the bits by a hash of the other half, again and again: a bijection of the numbers
-    below a power of four, at no memory. Results beyond n - 1 go through it again until they fall inside, which keeps it
-    a bijection (Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002).
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    key = _mix(_mix(np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)) ^ np.broadcast_to(epoch, position.shape).astype(np.uint64))
-    out = position.astype(np.uint64)
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        left, right = out[todo] >> half, out[todo] & low
-        for turn in range(8):
-            left, right = right, left ^ (_mix(right ^ key[todo] ^ np.uint64(turn << 56)) & low)
-        out[todo] = left << half | right
-        todo &= out >= n
-    return out.astype(np.int64)
-
-
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every bit of the input reaches all of them."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
