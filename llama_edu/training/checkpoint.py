@@ -4,9 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,13 @@ import torch
 from torch import nn
 
 from llama_edu.errors import UserError
+from llama_edu.training.engine import Engine, agreed
 
-__all__ = ["checkpoints", "load_checkpoint", "newest_checkpoint", "save_checkpoint", "verify_checkpoint"]
+__all__ = ["Saver", "checkpoints", "load_checkpoint", "newest_checkpoint", "save_checkpoint", "verify_checkpoint"]
 
 _MANIFEST = "manifest.json"
+_FORMAT = 2
+_RNG_BYTES = 1 << 15  # the generators of Python and numpy take half of this
 
 
 def _checkpoint_name(step: int) -> str:
@@ -26,7 +33,7 @@ def _checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a file whole: it has its old content or its new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w") as file:
@@ -78,90 +85,221 @@ def save_checkpoint(
     device: torch.device | str = "cpu",
     keep_last: int = 2,
 ) -> Path:
-    """Save all that a run needs to go on, as `folder/step_NNNNNNNN`. Returns that path.
+    """Save all that a run needs to go on, as `folder/step_NNNNNNNN`. Returns that path. See `Saver`."""
+    saver = Saver(folder, Engine(), device=device, keep_last=keep_last)
+    saver.save(step, model, optimizer, config=config, progress=progress)
+    return Path(folder) / _checkpoint_name(step)
 
-    The new folder is built under another name, its manifest of sha256 sums is written last, and it gets its name when
-    all of it is on the disk: whenever the program dies, what has a checkpoint's name is whole. Then older checkpoints
-    beyond `keep_last` are removed.
+
+class Saver:
+    """Writes the checkpoints of a run, in the foreground or behind its back, never two at once.
+
+    A new folder is built under another name, its manifest of sha256 sums is written last, and it gets its name when all
+    of it is on the disk: whenever the program dies, what has a checkpoint's name is whole. Then older checkpoints are
+    removed, all but the last `keep_last`, every `keep_every`-th step, and the newest good one.
+
+    Every rank saves and waits at the same steps. Rank 0 writes all files but the tensors.
 
     Args:
-        config: what identifies the run; kept as config.json.
-        progress: plain values beside step and generators; kept in state.json.
+        engine: knows the ranks, and what of model and optimiser this one has.
         device: whose random generator is saved.
-
-    Raises:
-        UserError: the disk is full, or writing fails; earlier checkpoints are as they were.
+        keep_every: steps; 0: none is kept beyond the last ones.
     """
-    folder = Path(folder)
-    target, partial = folder / _checkpoint_name(step), folder / f".{_checkpoint_name(step)}.partial"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        engine: Engine,
+        *,
+        device: torch.device | str = "cpu",
+        keep_last: int = 2,
+        keep_every: int = 0,
+    ) -> None:
+        self.folder, self.engine, self.device = Path(folder), engine, device
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: dict[str, Any],
+        progress: dict[str, Any] | None = None,
+        good: bool = True,
+        background: bool = False,
+    ) -> None:
+        """Save step `step`; first wait until an earlier save has come to its end.
+
+        Args:
+            config: what identifies the run; kept as config.json.
+            progress: plain values beside step and generators; kept in state.json.
+            good: a run in trouble may come back to this one.
+            background: copy everything into host memory and return; a thread writes the copy. What goes wrong there
+                sets `failed` and is raised by `wait`, or by the next save.
+
+        Raises:
+            UserError: the disk is full, or writing fails; earlier checkpoints are as they were.
+        """
+        self.wait()
+        state = self.engine.state(model, optimizer)
+        rng = _rng_tensors(self.device)
+        with agreed(self.engine), _told(step, self.folder):
+            if self.engine.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _remove_partial(self.folder)
+                _need_space(self.folder, state)
+                self._partial(step).mkdir()
+        state["rng"] = {f"{self.engine.rank}.{name}": tensor for name, tensor in rng.items()}
+        facts = {"step": step, **(progress or {}), "good": good, "rng": sorted(rng)}
+        facts |= {"world_size": self.engine.world_size, "format": _FORMAT, "versions": _versions()}
+        if not background:
+            # The tensors' writers tell each other what fails; agreement is needed on what rank 0 does after them.
+            with agreed(self.engine):
+                self._write(step, state, config, facts)
+            return
+        copy = {part: self._snapshot(part, tensors) for part, tensors in state.items()}
+        self._thread = threading.Thread(target=self._write_behind, args=(step, copy, config, facts), name="checkpoint")
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """A save in the background has failed on this rank; `wait` raises its sentence."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait for a save in the background. Raises, on all ranks, what went wrong in it on one."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        with agreed(self.engine):
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Wait for a save in the background without telling anybody: for a run that ends with an error already."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{_checkpoint_name(step)}.partial"
+
+    def _snapshot(self, part: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            self._buffers[part, name] = self.engine.snapshot(tensor, self._buffers.get((part, name)))
+        return {name: self._buffers[part, name] for name in tensors}
+
+    def _write_behind(self, step: int, *what: Any) -> None:
+        try:
+            self._write(step, *what)
+        except Exception as error:
+            self._error = error
+
+    def _write(self, step: int, state: dict[str, Any], config: dict[str, Any], facts: dict[str, Any]) -> None:
+        partial, target = self._partial(step), self.folder / _checkpoint_name(step)
+        try:
+            with _told(step, self.folder):
+                _dcp("save", state, partial / "tensors", self.engine.saving_group)
+                if self.engine.rank == 0:
+                    write_json(partial / "config.json", config)
+                    write_json(partial / "state.json", facts)
+                    _publish(partial, target)
+        except BaseException:
+            if self.engine.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self.engine.rank == 0:
+            _remove_partial(self.folder)
+            self._prune(target)
+
+    def _prune(self, newest: Path) -> None:
+        found = [path for path in checkpoints(self.folder) if path.name <= newest.name]
+        kept = {*found[-self.keep_last :], *[path for path in found if _is_good(path)][-1:]}
+        for path in found:
+            if path not in kept and not (self.keep_every and int(path.name[5:]) % self.keep_every == 0):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """The manifest, and then the name."""
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    manifest = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    write_json(partial / _MANIFEST, manifest)
+    _sync_folder(partial)
+    if target.exists():  # one that was skipped as damaged, or that a run left which was then rewound
+        os.replace(target, target.with_name(f".{target.name}.old.partial"))
+    os.replace(partial, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def _told(step: int, folder: Path) -> Iterator[None]:
+    """What the operating system refuses, in a sentence."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_partial(folder)
-        state, rng = _tensors(model, optimizer), rng_state(device)
-        _need_space(folder, state)
-        partial.mkdir()
-        tensors = {name: rng.pop(name) for name in list(rng) if isinstance(rng[name], torch.Tensor)}
-        _dcp("save", {**state, "rng": tensors}, partial / "tensors")
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "state.json", {"step": step, **(progress or {}), "rng": rng, "torch": torch.__version__})
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        _write_json(partial / _MANIFEST, manifest)
-        _sync_folder(partial)
-        if target.exists():  # one that was skipped as damaged, or that a run left which was then rewound
-            os.replace(target, folder / f".{target.name}.old.partial")
-        os.replace(partial, target)
-        _sync_folder(folder)
+        yield
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"the checkpoint of step {step} could not be written to {folder}: {error.strerror or error}; "
             "earlier checkpoints are untouched"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _remove_partial(folder)
-    for old in [p for p in checkpoints(folder) if p.name <= target.name][:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device | str = "cpu"
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    device: torch.device | str = "cpu",
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into model, optimiser and random generators. Returns its state.json: `step` and progress.
 
+    A rank that the saving run did not have keeps its random generators.
+
     The checkpoint is one of the user's own: PyTorch's format holds its index as a pickle, so load none from a stranger.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
-
-    path = Path(path)
+    path, engine = Path(path), Engine() if engine is None else engine
     saved = json.loads((path / "state.json").read_text())
-    state = _tensors(model, optimizer)
-    rng = rng_state(device)
-    state["rng"] = {name: value for name, value in rng.items() if isinstance(value, torch.Tensor)}
-    _dcp("load", state, path / "tensors")
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    moments = get_optimizer_state_dict(model, optimizer, options=options) | state["optimizer"]
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=options)
-    set_rng_state({**saved.pop("rng"), **state["rng"]}, device)
+    if saved.get("format") != _FORMAT:
+        raise UserError(f"{path} is of format {saved.get('format', 1)}; this program reads format {_FORMAT}")
+    state, rng = engine.state(model, optimizer), _rng_tensors(device)
+    known = set(saved["rng"]) if engine.rank < saved["world_size"] else set()
+    state["rng"] = {f"{engine.rank}.{name}": tensor for name, tensor in rng.items() if name in known}
+    _dcp("load", state, path / "tensors", None)
+    engine.load_state(model, optimizer, {name: state[name] for name in ("model", "optimizer")})
+    _set_rng_tensors(rng, device)
     return saved
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and moments under the names of the parameters: they fit however the model is later divided.
+def _versions() -> dict[str, str]:
+    from llama_edu._version import __version__
 
-    The optimiser's settings are left out, the configuration has them.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    return {
+        "llama_edu": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    return {"model": weights, "optimizer": {k: v for k, v in moments.items() if isinstance(v, torch.Tensor)}}
+
+def _rng_tensors(device: torch.device | str) -> dict[str, torch.Tensor]:
+    """`rng_state` as tensors of fixed size, so that each rank can save its own beside its weights."""
+    state = rng_state(device)
+    plain = json.dumps({name: state.pop(name) for name in ("python", "numpy")}).encode()
+    return {**state, "plain": torch.tensor(list(plain.ljust(_RNG_BYTES)), dtype=torch.uint8)}
 
 
-def _dcp(verb: str, state: dict[str, Any], path: Path) -> None:
+def _set_rng_tensors(tensors: dict[str, torch.Tensor], device: torch.device | str) -> None:
+    plain = json.loads(bytes(tensors["plain"].tolist()))
+    set_rng_state({**tensors, **plain}, device)
+
+
+def _dcp(verb: str, state: dict[str, Any], path: Path, group: Any) -> None:
     """torch.distributed.checkpoint's save or load, with or without a process group."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -170,7 +308,7 @@ def _dcp(verb: str, state: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         try:
-            getattr(dcp, verb)(state, checkpoint_id=path, no_dist=alone)
+            getattr(dcp, verb)(state, checkpoint_id=path, process_group=group, no_dist=alone)
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             disk = next((cause for cause in causes if isinstance(cause, OSError)), None)
@@ -232,12 +370,24 @@ def verify_checkpoint(path: str | Path) -> str | None:
     return None
 
 
-def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies (None: there is none), and a sentence for each newer one that does not."""
+def _is_good(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "state.json").read_text())["good"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def newest_checkpoint(folder: str | Path, *, good: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies (None: there is none), and a sentence for each newer one that does not.
+
+    Args:
+        good: leave out those that were saved while the run was in trouble.
+    """
     skipped = []
     for path in reversed(checkpoints(folder)):
         fault = verify_checkpoint(path)
-        if fault is None:
+        if fault is not None:
+            skipped.append(f"skipped {path}: {fault}")
+        elif not good or _is_good(path):
             return path, skipped
-        skipped.append(f"skipped {path}: {fault}")
     return None, skipped

@@ -12,8 +12,9 @@ from llama_edu.errors import UserError
 __all__ = ["FREE", "TrainConfig"]
 
 # Fields that leave every weight as it is: they may differ between a run and its continuation.
-FREE = {"val_data", "out_dir", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "max_skipped", "device"}
-FREE |= {"progress"}
+FREE = {"val_data", "out_dir", "eval_every", "eval_batches", "sample_every", "sample_prompts", "checkpoint_every"}
+FREE |= {"keep_last", "keep_every", "async_checkpoint", "max_skipped", "max_rewinds", "recompute", "data_workers"}
+FREE |= {"device", "progress", "mfu", "tensorboard", "wandb"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,37 +23,54 @@ class TrainConfig:
 
     Args:
         model: shape of the model.
-        train_data, val_data: folders written by `write_tokens`; without `val_data` nothing is evaluated.
-        out_dir: folder of the run: `metrics.jsonl` and `checkpoints/`.
+        train_data: folder written by `write_tokens`, or a mixture of several; see `llama_edu.data.open_stream`.
+        out_dir: folder of the run: `metrics.jsonl`, `config.json` and `checkpoints/`.
         steps: optimiser steps.
-        batch_size: sequences a step.
+        val_data: folder written by `write_tokens`; without it nothing is evaluated.
+        batch_size: sequences a step, over all devices.
+        batch_ramp: larger batches later on: pairs (tokens seen, batch_size from then on).
         seq_len: tokens a sequence.
         accumulate: parts a batch is worked off in; saves memory, changes only rounding.
         lr, min_lr_ratio, warmup, schedule: see `learning_rate`.
         betas, eps, weight_decay: of AdamW; see `make_optimizer`.
         clip: largest norm of the gradient; a longer one is scaled down to it.
+        z_loss: weight of the penalty on log Z that keeps the logits small; 0: none.
+        loss_chunk: tokens whose logits are in memory at a time; 0: those of the whole part.
+        document_mask: tokens attend only inside their document, as in Llama 3 (arXiv 2407.21783, section 3.2).
         precision: "bf16" runs the matrix products in bfloat16 beside float32 weights; "auto" does so where the device
             has instructions for it.
         seed: of weights, data order and every random generator.
         device: "auto" is CUDA where there is one, else the CPU.
         compile: run the model through torch.compile.
+        recompute: which activations are computed again in the backward pass instead of kept: "none", "selective",
+            "full".
+        data_workers: threads that read batches ahead; 0: none. They change no batch.
         eval_every: steps between evaluations on `eval_batches` batches; 0: none. The last step evaluates on all data.
+        sample_every: steps between texts that the model writes; 0: none.
+        sample_prompts: what these texts begin with.
         checkpoint_every: steps between checkpoints; 0: only at the end or when interrupted.
         keep_last: checkpoints that are kept.
-        document_mask: tokens attend only inside their document, as in Llama 3 (arXiv 2407.21783, section 3.2).
-        max_skipped: steps in a row without a finite loss and gradient before the run gives up.
+        keep_every: checkpoints of these steps are kept for good; 0: none.
+        async_checkpoint: write checkpoints behind the run's back; takes host memory for one more copy.
+        max_skipped: steps in a row without a finite loss and gradient before the run goes back to the last good
+            checkpoint, and on with the data after the bad steps.
+        max_rewinds: how often it does that before it gives up.
         progress: show a progress bar.
+        mfu: measure the peak of the device before the run, and say which share of it is used.
+        tensorboard: write `tensorboard/` in `out_dir`.
+        wandb: project of Weights & Biases to report to; empty: none.
 
     Raises:
         UserError: a value is out of range, or two do not fit together.
     """
 
     model: LlamaConfig
-    train_data: str
+    train_data: str | dict[str, Any]
     out_dir: str
     steps: int
     val_data: str | None = None
     batch_size: int = 16
+    batch_ramp: tuple[tuple[int, int], ...] = ()
     seq_len: int = 256
     accumulate: int = 1
     lr: float = 3e-4
@@ -63,23 +81,37 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    z_loss: float = 0.0
+    loss_chunk: int = 0
+    document_mask: bool = False
     precision: Literal["auto", "float32", "bf16"] = "auto"
     seed: int = 0
     device: str = "auto"
     compile: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    data_workers: int = 1
     eval_every: int = 0
     eval_batches: int = 20
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
     checkpoint_every: int = 0
     keep_last: int = 2
-    document_mask: bool = False
+    keep_every: int = 0
+    async_checkpoint: bool = False
     max_skipped: int = 10
+    max_rewinds: int = 2
     progress: bool = True
+    mfu: bool = False
+    tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_batches", "keep_last", "max_skipped"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "seed", "eval_every", "checkpoint_every", "weight_decay", "eps"):
+        for name in ("warmup", "seed", "eval_every", "sample_every", "checkpoint_every", "keep_every", "max_rewinds"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("weight_decay", "eps", "z_loss", "loss_chunk", "data_workers"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "at least 0")
         for name in ("lr", "clip"):
             _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
         _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
@@ -91,8 +123,13 @@ class TrainConfig:
             "cosine, linear, wsd or constant",
         )
         _check("precision", self.precision, self.precision in ("auto", "float32", "bf16"), "auto, float32 or bf16")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}: change one")
+        _check("recompute", self.recompute, self.recompute in ("none", "selective", "full"), "none, selective or full")
+        starts = [at for at, _ in self.batch_ramp]
+        rising = all(a < b for a, b in zip([0, *starts], starts)) and all(size >= 1 for _, size in self.batch_ramp)
+        _check("batch_ramp", self.batch_ramp, rising, "pairs (tokens, batch_size) with rising tokens above 0")
+        for size in (self.batch_size, *(size for _, size in self.batch_ramp)):
+            if size % self.accumulate:
+                raise UserError(f"batch_size {size} does not divide by accumulate {self.accumulate}: change one")
         if self.seq_len > self.model.max_seq_len:
             raise UserError(
                 f"seq_len is {self.seq_len}, the model's max_seq_len is {self.model.max_seq_len}: lower the first, or "
@@ -100,10 +137,13 @@ class TrainConfig:
             )
         if self.warmup > self.steps:
             raise UserError(f"warmup is {self.warmup} steps, the run has only {self.steps}: lower it")
+        if self.sample_every and not self.sample_prompts:
+            raise UserError(f"sample_every is {self.sample_every} without sample_prompts: give at least one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of all fields, for JSON. `from_dict` reads it back."""
-        return {**asdict(self), "betas": list(self.betas)}
+        lists = {"betas": list(self.betas), "sample_prompts": list(self.sample_prompts)}
+        return {**asdict(self), **lists, "batch_ramp": [list(pair) for pair in self.batch_ramp]}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> TrainConfig:
@@ -112,7 +152,10 @@ class TrainConfig:
         if unknown:
             raise UserError(f"unknown fields in a training configuration: {', '.join(sorted(unknown))}")
         model = d["model"] if isinstance(d["model"], LlamaConfig) else LlamaConfig.from_dict(d["model"])
-        return cls(**{**d, "model": model, "betas": tuple(d.get("betas", cls.betas))})
+        tuples = {name: tuple(d[name]) for name in ("betas", "sample_prompts") if name in d}
+        if "batch_ramp" in d:
+            tuples["batch_ramp"] = tuple(tuple(pair) for pair in d["batch_ramp"])
+        return cls(**{**d, "model": model, **tuples})
 
 
 def _check(name: str, value: Any, good: bool, what: str) -> None:

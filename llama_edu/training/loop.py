@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
+import shutil
 import statistics
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama_edu.data.tokens import Batch, Batches, TokenFile
+from llama_edu.data.stream import TokenStream
+from llama_edu.data.tokens import IGNORE, Batch, TokenFile
 from llama_edu.errors import UserError
 from llama_edu.model.transformer import Transformer
-from llama_edu.training.checkpoint import load_checkpoint, newest_checkpoint, rng_state, save_checkpoint, set_rng_state
-from llama_edu.training.config import FREE, TrainConfig
-from llama_edu.training.evaluation import bits_per_byte, evaluate
-from llama_edu.training.loss import backward_batch, has_bf16
-from llama_edu.training.optimizer import make_optimizer
+from llama_edu.training import checks
+from llama_edu.training.checkpoint import (
+    Saver,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    rng_state,
+    set_rng_state,
+    write_json,
+)
+from llama_edu.training.config import TrainConfig
+from llama_edu.training.engine import Engine, agreed
+from llama_edu.training.evaluation import bits_per_byte
+from llama_edu.training.loss import has_bf16
+from llama_edu.training.metrics import Metrics
+from llama_edu.training.process import alone, own_randomness, say, stop_on_signal
+from llama_edu.training.reading import Reader
 from llama_edu.training.schedule import learning_rate
 
 __all__ = ["TrainResult", "train"]
+
+Sampler = Callable[[nn.Module, list[str]], list[str]]
 
 
 @dataclass
@@ -38,12 +51,14 @@ class TrainResult:
 
     Attributes:
         model: the trained model, in float32.
-        history: the lines of `metrics.jsonl`, one a step: step, loss, lr, grad_norm, tokens_per_second, skipped and,
-            where the step was evaluated, val_loss and val_bits_per_byte.
+        history: the lines of `metrics.jsonl`, one a step: step, tokens (seen so far), loss, lr, grad_norm, skipped,
+            tokens_per_second and, where there are any, val_loss, val_bits_per_byte, samples, mfu, checkpoint_seconds
+            (how long the save after the step before held this one up) and, after a rewind, rewound_from.
         step: steps done.
         interrupted: a signal ended the run early; the same call goes on.
         resumed_from: the step of the checkpoint it went on from; 0 for a fresh run.
         skipped: steps left out because loss or gradient was not finite.
+        rewinds: how often the run went back to a checkpoint because of them.
         loss, val_loss: of the last step, nats a token; None where there is none.
         bits_per_byte: of the whole validation text.
         tokens_per_second: median over the steps.
@@ -55,139 +70,11 @@ class TrainResult:
     interrupted: bool
     resumed_from: int
     skipped: int
+    rewinds: int = 0
     loss: float | None = None
     val_loss: float | None = None
     bits_per_byte: float | None = None
     tokens_per_second: float | None = None
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; the second signal acts as usual. Only the main thread can listen."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def on_signal(number: int, frame: Any) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        restore()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run. The lock ends with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no POSIX locks here
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {folder}: wait for it, or choose another out_dir") from error
-        yield
-
-
-@contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed every random generator, and put them back as they were."""
-    before = rng_state(device)
-    _seed_all(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(before, device)
-
-
-def _seed_all(seed: int) -> None:
-    import random
-
-    import numpy as np
-
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-class _Metrics:
-    """`metrics.jsonl`: one line a step, each step once, however often the run was interrupted."""
-
-    def __init__(self, path: Path, keep: int) -> None:
-        """Open the file, dropping lines after step `keep` and whatever is damaged."""
-        self.history = [line for line in self._read(path) if line["step"] <= keep]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(self._line(entry) for entry in self.history))
-        os.replace(partial, path)
-        self.file = open(path, "a")
-
-    @staticmethod
-    def _read(path: Path) -> Iterator[dict[str, Any]]:
-        if not path.exists():
-            return
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                entry["step"] += 0
-            except (ValueError, KeyError, TypeError):  # the line that was being written when the program was killed
-                return
-            yield entry
-
-    @staticmethod
-    def _line(entry: dict[str, Any]) -> str:
-        return json.dumps(entry, allow_nan=False) + "\n"
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Add a line; what is not finite, and so no JSON, becomes None."""
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self.history.append(entry)
-        self.file.write(self._line(entry))
-        self.file.flush()
-
-    def sync(self) -> None:
-        """Bring all lines to the disk: a checkpoint never knows a step that the metrics do not."""
-        os.fsync(self.file.fileno())
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.close()
-
-
-def _identity(config: TrainConfig, train_file: TokenFile, precision: str) -> dict[str, Any]:
-    """What must be equal for one run to go on where another stopped; the data by its content."""
-    kept = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    return {**kept, "precision": precision, "train_data": train_file.tokens_sha256}
-
-
-def _refuse_other(saved: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Raise UserError where a checkpoint belongs to another run."""
-
-    def flat(d: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in d.items() if k != "model"} | {f"model.{k}": v for k, v in d["model"].items()}
-
-    saved, now = flat(saved), flat(json.loads(json.dumps(now)))
-    names = [name for name in sorted(saved | now) if saved.get(name) != now.get(name)]
-    if names:
-        differing = [f"{name} {saved.get(name)!r} (now {now.get(name)!r})" for name in names]
-        raise UserError(
-            f"{checkpoint} belongs to a run with another configuration: {'; '.join(differing)}; "
-            "choose another out_dir, or remove this one"
-        )
 
 
 class _Run:
@@ -196,63 +83,142 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        device: torch.device,
+        engine: Engine,
         model: nn.Module,
-        batches: Batches,
+        stream: TokenStream,
         val_file: TokenFile | None,
+        sampler: Sampler | None,
     ) -> None:
-        self.config, self.device, self.model, self.batches, self.val_file = config, device, model, batches, val_file
-        self.optimizer = make_optimizer(
-            model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(device))
+        self.config, self.engine, self.model, self.stream, self.val_file = config, engine, model, stream, val_file
+        self.sampler = sampler
+        self.device = engine.device(config.device)
+        self.optimizer = engine.optimizer(model, config)
+        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
         self.out = Path(config.out_dir)
-        self.identity = _identity(config, batches.token_file, "bf16" if self.bf16 else "float32")
-        self.step = self.saved = self.skipped = self.skipped_in_a_row = 0
+        self.saver = Saver(
+            self.out / "checkpoints",
+            engine,
+            device=self.device,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+        )
+        self.progress = config.progress and engine.rank == 0
+        # Where the run stands: steps done, tokens trained on, and the number of the next sequence to be read. The last
+        # two differ once data was passed over.
+        self.step = self.tokens = self.sequence = 0
+        self.skipped = self.skipped_in_a_row = self.rewinds = 0
+        self.saved = 0
+        self.remarks: dict[str, Any] = {}  # for the metrics of the next step
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def find_checkpoint(self, *, good: bool = False) -> Path | None:
+        """The newest that is whole. Rank 0 looks, and tells all."""
+        found: tuple[Path | None, list[str]] = (None, [])
+        with agreed(self.engine):
+            if self.engine.rank == 0:
+                found = newest_checkpoint(self.saver.folder, good=good)
+        path, notes = self.engine.broadcast([found[0] and str(found[0]), found[1]])
+        for note in notes:
+            self.tell(note)
+        if notes and path is None:
+            self.tell("no checkpoint is whole: starting again from step 0")
+        return path and Path(path)
+
+    def load(self, path: Path) -> None:
+        """Put model, optimiser, generators and position to where a checkpoint has them."""
+        state = load_checkpoint(path, self.model, self.optimizer, device=self.device, engine=self.engine)
+        self.step = self.saved = state["step"]
+        self.tokens, self.sequence = state["tokens"], state["sequence"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.rewinds = state["rewinds"]
 
     def resume(self) -> None:
-        """Load the newest checkpoint that is whole, if there is one of this run."""
-        path, notes = newest_checkpoint(self.out / "checkpoints")
-        for note in notes:
-            _say(note)
+        """Go on from the newest checkpoint that is whole, if there is one of this run."""
+        path = self.find_checkpoint()
         if path is None:
-            if notes:
-                _say("no checkpoint is whole: starting again from step 0")
             return
-        _refuse_other(json.loads((path / "config.json").read_text()), self.identity, path)
-        state = load_checkpoint(path, self.model, self.optimizer, device=self.device)
-        self.step = self.saved = state["step"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        with agreed(self.engine):
+            seen = json.loads((path / "state.json").read_text())["sequence"]
+            checks.refuse_other(json.loads((path / "config.json").read_text()), self.identity(seen), path)
+        self.load(path)
+
+    def identity(self, sequence: int) -> dict[str, Any]:
+        return checks.identity(self.config, self.stream, "bf16" if self.bf16 else "float32", sequence)
+
+    def save(self, metrics: Metrics, *, background: bool = False) -> None:
+        started = time.perf_counter()
+        metrics.sync()
+        names = ("tokens", "sequence", "skipped", "skipped_in_a_row", "rewinds")
+        self.saver.save(
+            self.step,
+            self.model,
+            self.optimizer,
+            config=self.identity(self.sequence),
+            progress={name: getattr(self, name) for name in names},
+            good=self.skipped_in_a_row == 0,
+            background=background,
+        )
+        self.saved = self.step
+        self.remarks["checkpoint_seconds"] = round(time.perf_counter() - started, 4)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
     def go(self, stop: threading.Event, on_step: Callable[[dict[str, Any], nn.Module], None] | None) -> TrainResult:
-        """Run the steps that are left."""
         from tqdm import tqdm
 
-        config, resumed_from = self.config, self.step
-        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if config.progress else True)
-        with bar, _Metrics(self.out / "metrics.jsonl", keep=self.step) as metrics:
-            while self.step < config.steps and not stop.is_set():
-                entry = self.train_step() | self.evaluate_if_due()
-                metrics.write(entry)
-                bar.set_postfix_str(_postfix(entry), refresh=False)
-                bar.update()
-                if on_step is not None:
-                    on_step(entry, self.model)
-                if self.step == config.steps or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                    self.save(metrics)
-                self.give_up_if_hopeless()
-            interrupted = self.step < config.steps
-            if interrupted:
+        config, engine, resumed_from = self.config, self.engine, self.step
+        bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.progress else True)
+        reader = Reader(self.stream, engine, config.data_workers)
+        metrics = Metrics(self.out if engine.rank == 0 else None, keep=self.step)
+        try:
+            with bar, metrics, reader:
+                while self.step < config.steps:
+                    started = time.perf_counter()
+                    reader.fetch(self.upcoming())
+                    if engine.any(stop.is_set() or reader.failed or self.saver.failed):
+                        self.saver.wait()
+                        reader.check()
+                        break
+                    entry = self.train_step(reader.take(), started) | self.evaluate_if_due() | self.sample_if_due()
+                    metrics.write(entry)
+                    bar.set_postfix_str(_postfix(entry), refresh=False)
+                    bar.update()
+                    if on_step is not None:
+                        on_step(entry, self.model)
+                    if (
+                        self.step < config.steps
+                        and config.checkpoint_every
+                        and self.step % config.checkpoint_every == 0
+                    ):
+                        self.save(metrics, background=config.async_checkpoint)
+                    if self.skipped_in_a_row >= config.max_skipped:
+                        self.rewind(metrics)
+                        bar.n = self.step
                 if self.step > self.saved:
                     self.save(metrics)
-                _say(f"interrupted after step {self.step} of {config.steps}: run it again to go on from there")
+                self.saver.wait()
+        finally:
+            self.saver.close()
+        interrupted = self.step < config.steps
+        if interrupted:
+            self.tell(f"interrupted after step {self.step} of {config.steps}: run it again to go on from there")
         return self.result(metrics.history, resumed_from, interrupted)
 
-    def train_step(self) -> dict[str, Any]:
+    def upcoming(self) -> list[tuple[int, int]]:
+        """The batches (first sequence, count) of this step and of those that are read ahead."""
+        batches, sequence, tokens = [], self.sequence, self.tokens
+        for _ in range(1 + self.config.data_workers):
+            count = checks.batch_size_at(tokens, self.config)
+            batches.append((sequence, count))
+            sequence, tokens = sequence + count, tokens + count * self.config.seq_len
+        return batches
+
+    def train_step(self, batch: Batch, started: float) -> dict[str, Any]:
         """One step of the optimiser, or none where loss or gradient is not finite. Returns its metrics."""
-        config, started = self.config, time.perf_counter()
-        batch = Batch(*(t.to(self.device) for t in self.batches.batch(self.step)))
-        self.step += 1
+        config, engine = self.config, self.engine
+        size = checks.batch_size_at(self.tokens, config)
+        self.step, self.sequence, self.tokens = self.step + 1, self.sequence + size, self.tokens + size * config.seq_len
         lr = learning_rate(
             self.step,
             peak=config.lr,
@@ -261,14 +227,10 @@ class _Run:
             min_ratio=config.min_lr_ratio,
             schedule=config.schedule,
         )
-        loss = backward_batch(
-            self.model,
-            batch,
-            accumulate=config.accumulate,
-            document_mask=config.document_mask,
-            autocast=self.bf16,
-        )
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        batch = Batch(*(t.to(self.device) for t in batch))
+        count = engine.total((batch.targets != IGNORE).sum())
+        loss = engine.total(engine.backward(self.model, batch, count, config, autocast=self.bf16))
+        norm = engine.clip(self.model, config.clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one time that the host waits for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -278,15 +240,42 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        seconds = time.perf_counter() - started
-        return {
+        entry = {
             "step": self.step,
+            "tokens": self.tokens,
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
             "skipped": not finite,
-            "tokens_per_second": round(batch.tokens.numel() / seconds, 1),
+            "tokens_per_second": round(size * config.seq_len / (time.perf_counter() - started), 1),
         }
+        remarks, self.remarks = self.remarks, {}
+        return entry | remarks
+
+    def rewind(self, metrics: Metrics) -> None:
+        """Back to the last good checkpoint, and on with the data after what was read: it may be what did the harm.
+
+        Raises UserError where there is none, or it has been tried often enough.
+        """
+        config, bad, at = self.config, self.skipped_in_a_row, self.step
+        self.saver.wait()
+        path = self.find_checkpoint(good=True) if self.rewinds < config.max_rewinds else None
+        fault = f"loss or gradient was not finite in {bad} steps in a row, up to step {at}"
+        if path is None:
+            often = f", and {self.rewinds} times before that" if self.rewinds else ""
+            raise UserError(f"{fault}{often}: lower lr (now {config.lr}) or lengthen warmup (now {config.warmup})")
+        reached, skipped, rewinds = self.sequence, self.skipped, self.rewinds + 1
+        self.load(path)
+        passed_over = reached - self.sequence
+        self.sequence, self.skipped, self.rewinds, self.skipped_in_a_row = reached, skipped, rewinds, 0
+        if self.engine.rank == 0:
+            for newer in checkpoints(self.saver.folder):  # the run has left the way that leads to them
+                if newer.name > path.name:
+                    shutil.rmtree(newer, ignore_errors=True)
+        self.engine.barrier()
+        metrics.rewind(self.step, rewinds)
+        self.remarks = {"rewound_from": at, "sequences_passed_over": passed_over, "rewinds": rewinds}
+        self.tell(f"{fault}: back to step {self.step}, and on without the {passed_over} sequences read since")
 
     def evaluate_if_due(self) -> dict[str, Any]:
         """val_loss and val_bits_per_byte: on all of the validation text after the last step, on a part before."""
@@ -297,37 +286,30 @@ class _Run:
         return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, self.val_file)}
 
     def evaluate(self, max_batches: int | None) -> float:
-        return evaluate(
+        return self.engine.evaluate(
             self.model,
             self.val_file,
-            batch_size=self.config.batch_size // self.config.accumulate,
-            seq_len=self.config.seq_len,
+            self.config,
             max_batches=max_batches,
-            document_mask=self.config.document_mask,
             autocast=self.bf16,
-            progress=self.config.progress,
+            progress=self.progress,
         )
 
-    def save(self, metrics: _Metrics) -> None:
-        metrics.sync()
-        save_checkpoint(
-            self.out / "checkpoints",
-            self.step,
-            self.model,
-            self.optimizer,
-            config=self.identity,
-            progress={"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row},
-            device=self.device,
-            keep_last=self.config.keep_last,
-        )
-        self.saved = self.step
+    def sample_if_due(self) -> dict[str, Any]:
+        """Texts that the model writes. They leave the random numbers of the run as they were."""
+        config = self.config
+        if self.sampler is None or not config.sample_every or self.step % config.sample_every:
+            return {}
+        before, prompts = rng_state(self.device), list(config.sample_prompts)
+        self.model.eval()
+        texts = self.engine.sample(self.model, self.sampler, prompts)
+        self.model.train()
+        set_rng_state(before, self.device)
+        return {} if texts is None else {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]}
 
-    def give_up_if_hopeless(self) -> None:
-        if self.skipped_in_a_row >= self.config.max_skipped:
-            raise UserError(
-                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}: "
-                f"lower lr (now {self.config.lr}) or lengthen warmup (now {self.config.warmup})"
-            )
+    def tell(self, sentence: str) -> None:
+        if self.engine.rank == 0:
+            say(sentence)
 
     def result(self, history: list[dict[str, Any]], resumed_from: int, interrupted: bool) -> TrainResult:
         """What `train` returns. A run that was complete before is evaluated anew."""
@@ -343,6 +325,7 @@ class _Run:
             interrupted=interrupted,
             resumed_from=resumed_from,
             skipped=self.skipped,
+            rewinds=self.rewinds,
             loss=last.get("loss"),
             val_loss=val_loss,
             bits_per_byte=None if val_loss is None else bits_per_byte(val_loss, self.val_file),
@@ -355,19 +338,14 @@ def _postfix(entry: dict[str, Any]) -> str:
     return f"loss {loss}, lr {entry['lr']:.2e}, {entry['tokens_per_second']:,.0f} tokens/s"
 
 
-def _say(sentence: str) -> None:
-    """A line for the person at the terminal, beside a progress bar."""
-    from tqdm import tqdm
-
-    tqdm.write(sentence, file=sys.stderr)
-
-
 def train(
     config: TrainConfig,
     *,
     model: nn.Module | None = None,
+    engine: Engine | None = None,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     on_step: Callable[[dict[str, Any], nn.Module], None] | None = None,
+    sampler: Sampler | None = None,
 ) -> TrainResult:
     """Train a model; go on from the newest whole checkpoint in `config.out_dir` when there is one.
 
@@ -376,47 +354,31 @@ def train(
 
     Args:
         model: weights to start from; None means fresh ones from `config.seed`. A checkpoint replaces them.
-        prepare: applied to the model on its device before the optimiser is made: parallelism, activation checkpointing.
-        on_step: called after each step with its metrics and the model; an exception ends the run.
+        engine: how a step is run; None means on one device. Every rank calls `train` with an engine of its own.
+        prepare: applied to the whole model before the engine's own preparation.
+        on_step: called on every rank after each step with its metrics and the model; an exception ends the run.
+        sampler: writes the texts of `config.sample_prompts`: (model, prompts) -> texts.
 
     Raises:
         UserError: the data does not fit the configuration, `out_dir` belongs to another run or is in use, the disk is
-            full, or loss and gradient were not finite `max_skipped` times in a row.
+            full, or loss and gradient were not finite `max_skipped` times in a row, again and again.
     """
-    device = _device(config.device)
-    train_file = _open_tokens(config.train_data, config)
-    val_file = _open_tokens(config.val_data, config) if config.val_data else None
-    batches = Batches(train_file, config.batch_size, config.seq_len, config.seed)
-    out = Path(config.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"{out} cannot be the folder of a run: {error.strerror or error}") from error
-    with _alone(out), _own_randomness(config.seed, device), _stop_on_signal() as stop:
+    engine = Engine() if engine is None else engine
+    with ExitStack() as stack:
+        with agreed(engine):
+            device = engine.device(config.device)
+            stream, val_file = checks.open_data(config)
+            for size in {config.batch_size, *(size for _, size in config.batch_ramp)}:
+                engine.share(0, size)
+            if engine.rank == 0:
+                stack.enter_context(alone(Path(config.out_dir)))
+        stack.enter_context(own_randomness(config.seed, device))
+        stop = stack.enter_context(stop_on_signal())
         model = Transformer(config.model) if model is None else model
-        model = model.to(device, torch.float32).train()
-        model = model if prepare is None else prepare(model)
-        if config.compile:
-            model.compile(dynamic=False)
-        run = _Run(config, device, model, batches, val_file)
+        model = engine.prepare(model if prepare is None else prepare(model), config)
+        run = _Run(config, engine, model, stream, val_file, sampler)
         run.resume()
+        with agreed(engine):
+            if engine.rank == 0:
+                write_json(Path(config.out_dir) / "config.json", config.to_dict())
         return run.go(stop, on_step)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device is {name!r}, but this machine or this torch has no CUDA; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def _open_tokens(path: str, config: TrainConfig) -> TokenFile:
-    file = TokenFile(path)
-    if file.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{path} has ids up to {file.vocab_size - 1}, the model's vocab_size is {config.model.vocab_size}: "
-            f"make it at least {file.vocab_size}"
-        )
-    return file

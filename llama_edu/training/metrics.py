@@ -1,0 +1,92 @@
+"""The numbers of a run, step by step: a file of lines always, TensorBoard and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Metrics", "read_metrics"]
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, up to one that is damaged: the one being written when the program was killed."""
+    path = Path(path)
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            entry["step"] += 0
+        except (ValueError, KeyError, TypeError):
+            return
+        yield entry
+
+
+class Metrics:
+    """`metrics.jsonl`: one line a step, each step once, however often the run was interrupted.
+
+    Attributes:
+        history: its lines.
+    """
+
+    def __init__(self, folder: Path | None, keep: int) -> None:
+        """Open the file in `folder` (None: only remember), dropping lines after step `keep` and what is damaged."""
+        self.file = None
+        self.history: list[dict[str, Any]] = []
+        if folder is None:
+            return
+        self.path = folder / "metrics.jsonl"
+        self.history = [line for line in read_metrics(self.path) if line["step"] <= keep]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        """The file as the history is: whole before and after."""
+        if self.file is not None:
+            self.file.close()
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(self._line(entry) for entry in self.history))
+        os.replace(partial, self.path)
+        self.file = open(self.path, "a")
+
+    @staticmethod
+    def _line(entry: dict[str, Any]) -> str:
+        return json.dumps(entry, allow_nan=False) + "\n"
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add a line; what is not finite, and so no JSON, becomes None."""
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self.history.append(entry)
+        if self.file is not None:
+            self.file.write(self._line(entry))
+            self.file.flush()
+
+    def rewind(self, step: int, number: int) -> None:
+        """Move the lines after `step` into `discarded.jsonl`, marked with the number of the rewind."""
+        gone = [entry for entry in self.history if entry["step"] > step]
+        self.history[:] = [entry for entry in self.history if entry["step"] <= step]
+        if self.file is None:
+            return
+        path = self.path.with_name("discarded.jsonl")
+        # A run that died after this rewind and went on from before it comes here again: it says the same again.
+        before = [entry for entry in read_metrics(path) if entry.get("rewind", number) < number]
+        lines = [*before, *({**entry, "rewind": number} for entry in gone)]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(self._line(entry) for entry in lines))
+        os.replace(partial, path)
+        self._rewrite()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk: a checkpoint never knows a step that the metrics do not."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.file is not None:
+            self.file.close()
