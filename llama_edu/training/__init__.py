@@ -12,23 +12,31 @@ if TYPE_CHECKING:
     from llama_edu.training.config import TrainConfig
     from llama_edu.training.evaluation import bits_per_byte, evaluate
     from llama_edu.training.loop import TrainResult, train
-    from llama_edu.training.loss import backward_batch, next_token_loss
+    from llama_edu.training.loss import backward_batch, chunked_cross_entropy, next_token_loss
     from llama_edu.training.optimizer import decay_groups, make_optimizer
-    from llama_edu.training.schedule import learning_rate
+    from llama_edu.training.schedule import batch_size_at, learning_rate, steps_for
+    from llama_edu.training.utilisation import has_bf16, measured_peak, mfu, published_peak
 
 __all__ = [
     "TrainConfig",
     "TrainResult",
     "backward_batch",
+    "batch_size_at",
     "bits_per_byte",
+    "chunked_cross_entropy",
     "decay_groups",
     "evaluate",
+    "has_bf16",
     "learning_rate",
     "load_checkpoint",
     "make_optimizer",
+    "measured_peak",
+    "mfu",
     "newest_checkpoint",
     "next_token_loss",
+    "published_peak",
     "save_checkpoint",
+    "steps_for",
     "train",
     "verify_checkpoint",
 ]
@@ -40,8 +48,9 @@ __getattr__, __dir__ = lazy(
         "config": ("TrainConfig",),
         "evaluation": ("bits_per_byte", "evaluate"),
         "loop": ("TrainResult", "train"),
-        "loss": ("backward_batch", "next_token_loss"),
+        "loss": ("backward_batch", "chunked_cross_entropy", "next_token_loss"),
         "optimizer": ("decay_groups", "make_optimizer"),
-        "schedule": ("learning_rate",),
+        "schedule": ("batch_size_at", "learning_rate", "steps_for"),
+        "utilisation": ("has_bf16", "measured_peak", "mfu", "published_peak"),
     },
 )

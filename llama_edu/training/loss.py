@@ -9,13 +9,126 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..data.tokens import IGNORE, Batch
+from .utilisation import has_bf16  # noqa: F401
 
 # %% auto #0
-__all__ = ['next_token_loss', 'backward_batch']
+__all__ = ['chunked_cross_entropy', 'next_token_loss', 'backward_batch']
+
+# %% ../../notebooks/31_training.ipynb #66ffce4d
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sums of the objective and of the cross-entropy, times `scale`. Their gradient is computed with them."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, z_loss: float, scale: Tensor | float
+    ):
+        device = hidden.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        total, penalty = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
+        chunk_size = min(chunk_size, len(targets))
+        # Memory that is used again costs nothing; new memory has to be filled with zeros by the system first.
+        low_scores = hidden.new_empty(chunk_size, len(weight), dtype=low)
+        scores = low_scores if low == wide else low_scores.new_empty(low_scores.shape, dtype=wide)
+        with torch.autocast(device, enabled=False):
+            matrix = weight.to(low)
+            for first in range(0, len(targets), chunk_size):
+                rows = slice(first, first + chunk_size)
+                x, counts = hidden[rows].to(low), (targets[rows] != IGNORE)[:, None]
+                y = targets[rows, None].where(counts, 0)
+                torch.mm(x, matrix.T, out=low_scores[: len(x)])
+                p = scores[: len(x)] if low == wide else scores[: len(x)].copy_(low_scores[: len(x)])
+                score = p.gather(1, y)
+                torch.log_softmax(p, 1, out=p)
+                log_p = p.gather(1, y)
+                log_sum = score - log_p
+                total -= (log_p * counts).sum()
+                penalty += (log_sum.square() * counts).sum()
+                if not (wants_hidden or wants_weight):
+                    continue
+                p.exp_()
+                if z_loss:
+                    p *= 1 + 2 * z_loss * log_sum
+                p.scatter_add_(1, y, p.new_full(y.shape, -1))
+                weighs = counts * scale  # on the short side of the products: these have no pass over p to themselves
+                p = p if low == wide else low_scores[: len(x)].copy_(p)
+                if wants_hidden:
+                    grad_hidden[rows] = (p @ matrix) * weighs
+                if wants_weight and not first:
+                    grad_weight.copy_(p.T @ (x * weighs).to(low))
+                elif wants_weight and low == weight.dtype:
+                    grad_weight.addmm_(p.T, (x * weighs).to(low))
+                elif wants_weight:
+                    grad_weight += p.T @ (x * weighs).to(low)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(total.mul_(scale))
+        return total + z_loss * scale * penalty, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor):
+        as_it_is = grad.device.type == "cpu" and grad.item() == 1
+        gradients = [g if g is None or as_it_is else g * grad for g in ctx.saved_tensors]
+        return *gradients, None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "*rows dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, "*rows"],
+    *,
+    chunk_size: int = 512,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the scores `hidden @ weight.T`, summed over positions with a target, and the z-loss if wanted.
+
+    The scores exist for `chunk_size` positions at a time, and so does their gradient, computed at once. Memory: two
+    such chunks and the gradients of both arguments. Under autocast the products run in its dtype.
+
+    Args:
+        targets: `IGNORE` counts for nothing.
+        chunk_size: positions; larger ones give larger products, smaller ones take less memory.
+        z_loss: adds this times the squared logarithm of the softmax's denominator (Chowdhery et al., arXiv 2204.02311).
+    """
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk_size, z_loss, 1.0)[0]
 
 # %% ../../notebooks/31_training.ipynb #648c2882
+def _objective(
+    model: nn.Module,
+    tokens: Tensor,
+    targets: Tensor,
+    document_ids: Tensor | None,
+    *,
+    autocast: bool,
+    z_loss: float,
+    chunk_size: int | None,
+    scale: Tensor | float,
+) -> tuple[Tensor, Tensor]:
+    """What is differentiated, and the cross-entropy in it, both summed over positions, times `scale`."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+        if chunk_size is not None:
+            output, model.output = model.output, None  # without it the model returns what it would have read
+            try:
+                hidden = model(tokens, document_ids=document_ids)
+            finally:
+                model.output = output
+            return _ChunkedCrossEntropy.apply(
+                hidden.flatten(0, 1), output.weight, targets.flatten(), chunk_size, z_loss, scale
+            )
+        logits = model(tokens, document_ids=document_ids).flatten(0, 1)
+    loss = scale * F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    if not z_loss:
+        return loss, loss.detach()
+    penalty = (logits.logsumexp(-1).square() * (targets.flatten() != IGNORE)).sum()
+    return loss + z_loss * scale * penalty, loss.detach()
+
+
 def next_token_loss(
     model: nn.Module,
     tokens: Int[Tensor, "batch seq"],
@@ -23,20 +136,29 @@ def next_token_loss(
     document_ids: Int[Tensor, "batch seq"] | None = None,
     *,
     autocast: bool = False,
+    chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy in nats, summed over all positions that have a target.
 
     Args:
         document_ids: attention stays inside a document; None lets it see all that came before.
         autocast: run the matrix products in bfloat16; the loss itself is float32.
+        chunk_size: positions whose scores exist at a time (see `chunked_cross_entropy`); None computes all at once.
     """
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(tokens, document_ids=document_ids)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    options = {"autocast": autocast, "z_loss": 0.0, "chunk_size": chunk_size, "scale": 1.0}
+    return _objective(model, tokens, targets, document_ids, **options)[0]
 
 # %% ../../notebooks/31_training.ipynb #4260154e
 def backward_batch(
-    model: nn.Module, batch: Batch, *, accumulate: int = 1, document_mask: bool = False, autocast: bool = False
+    model: nn.Module,
+    batch: Batch,
+    *,
+    count: Int[Tensor, ""] | int | None = None,
+    accumulate: int = 1,
+    document_mask: bool = False,
+    autocast: bool = False,
+    z_loss: float = 0.0,
+    chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """Add the gradient of a batch's mean loss to the parameters, a part of the batch at a time. Returns the loss.
 
@@ -44,22 +166,18 @@ def backward_batch(
     the parts is the gradient of the undivided batch.
 
     Args:
-        accumulate: number of parts; divides the batch.
+        count: targets of the whole batch, where `batch` is only a part of it; None counts those of `batch`.
+        accumulate: number of parts.
+        autocast: run the matrix products in bfloat16.
+        z_loss: weight of the squared log-denominator in the gradient; the loss that is returned is without it.
+        chunk_size: positions whose scores exist at a time (see `chunked_cross_entropy`); None computes all at once.
     """
-    count = (batch.targets != IGNORE).sum()
+    count = (batch.targets != IGNORE).sum() if count is None else count
+    options = {"autocast": autocast, "z_loss": z_loss, "chunk_size": chunk_size, "scale": 1 / count}
     total = torch.zeros((), device=batch.tokens.device)
     for tokens, targets, documents in zip(*(t.chunk(accumulate) for t in batch)):
-        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast) / count
-        loss.backward()
-        total += loss.detach()
+        documents = documents if document_mask else None
+        objective, loss = _objective(model, tokens, targets, documents, **options)
+        objective.backward()
+        total += loss
     return total
-
-# %% ../../notebooks/31_training.ipynb #b9e96250
-def has_bf16(device: torch.device | str) -> bool:
-    """Whether the device has instructions for bfloat16 products; without them bf16 is slower than float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.device(device).type == "cpu":
-        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(probe() for probe in probes if probe)
-    return False
