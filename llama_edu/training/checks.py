@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llama_edu.data.stream import TokenStream, open_stream
+from llama_edu.data.stream import TokenStream, open_stream, open_tokens
 from llama_edu.data.tokens import TokenFile
 from llama_edu.errors import UserError
 from llama_edu.training.config import FREE, TrainConfig
@@ -37,7 +37,7 @@ def sequences_of(config: TrainConfig) -> int:
 
 def open_data(config: TrainConfig) -> tuple[TokenStream, TokenFile | None]:
     """The training sequences and the validation text. Raises UserError where they do not fit the configuration."""
-    stream = open_stream(config.train_data, seq_len=config.seq_len, seed=config.seed)
+    stream = open_stream(config.train_data, seq_len=config.seq_len, seed=config.seed, packing=config.packing)
     _fits(str(config.train_data), stream.vocab_size, config)
     largest = max([config.batch_size, *(size for _, size in config.batch_ramp)])
     if stream.n_sequences is not None and stream.n_sequences < largest:
@@ -47,7 +47,7 @@ def open_data(config: TrainConfig) -> tuple[TokenStream, TokenFile | None]:
         )
     if config.val_data is None:
         return stream, None
-    val_file = TokenFile(config.val_data)
+    val_file = open_tokens(config.val_data)
     _fits(config.val_data, val_file.vocab_size, config)
     if val_file.n_tokens < 2:
         raise UserError(f"val_data {config.val_data} holds {val_file.n_tokens} token; a prediction takes at least two")

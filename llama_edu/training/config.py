@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_type_hints
 
 from llama_edu.config import LlamaConfig
 from llama_edu.errors import UserError
+from llama_edu.training.schema import Schema, merge, read_layer
 
-__all__ = ["FREE", "TrainConfig"]
+__all__ = ["FREE", "Arguments", "TrainConfig", "load_config", "parse_arguments"]
 
 # Fields that leave every weight as it is: they may differ between a run and its continuation.
 FREE = {"val_data", "out_dir", "eval_every", "eval_batches", "sample_every", "sample_prompts", "checkpoint_every"}
@@ -23,15 +27,20 @@ class TrainConfig:
 
     Args:
         model: shape of the model.
-        train_data: folder written by `write_tokens`, or a mixture of several; see `llama_edu.data.open_stream`.
+        train_data: folder of tokens, list of folders, or a mixture of several; see `llama_edu.data.open_stream`.
         out_dir: folder of the run: `metrics.jsonl`, `config.json` and `checkpoints/`.
         steps: optimiser steps.
-        val_data: folder written by `write_tokens`; without it nothing is evaluated.
+        val_data: folder of tokens; without it nothing is evaluated.
         batch_size: sequences a step, over all devices.
         batch_ramp: larger batches later on: pairs (tokens seen, batch_size from then on).
         seq_len: tokens a sequence.
+        packing: how documents fill sequences: "concat" cuts where a sequence is full, "best-fit" keeps documents whole
+            where they fit.
         accumulate: parts a batch is worked off in; saves memory, changes only rounding.
-        lr, min_lr_ratio, warmup, schedule: see `learning_rate`.
+        lr: highest learning rate.
+        min_lr_ratio: learning rate at the end, as a share of the highest.
+        warmup: steps until the highest learning rate is reached.
+        schedule: what follows the warm-up; see `learning_rate`.
         betas, eps, weight_decay: of AdamW; see `make_optimizer`.
         clip: largest norm of the gradient; a longer one is scaled down to it.
         z_loss: weight of the penalty on log Z that keeps the logits small; 0: none.
@@ -45,7 +54,8 @@ class TrainConfig:
         recompute: which activations are computed again in the backward pass instead of kept: "none", "selective",
             "full".
         data_workers: threads that read batches ahead; 0: none. They change no batch.
-        eval_every: steps between evaluations on `eval_batches` batches; 0: none. The last step evaluates on all data.
+        eval_every: steps between evaluations on a part of val_data; 0: none. The last step evaluates on all of it.
+        eval_batches: batches of that part.
         sample_every: steps between texts that the model writes; 0: none.
         sample_prompts: what these texts begin with.
         checkpoint_every: steps between checkpoints; 0: only at the end or when interrupted.
@@ -65,13 +75,14 @@ class TrainConfig:
     """
 
     model: LlamaConfig
-    train_data: str | dict[str, Any]
+    train_data: str | list[str] | dict[str, Any]
     out_dir: str
     steps: int
     val_data: str | None = None
     batch_size: int = 16
     batch_ramp: tuple[tuple[int, int], ...] = ()
     seq_len: int = 256
+    packing: Literal["concat", "best-fit"] = "concat"
     accumulate: int = 1
     lr: float = 3e-4
     min_lr_ratio: float = 0.1
@@ -122,6 +133,7 @@ class TrainConfig:
             self.schedule in ("cosine", "linear", "wsd", "constant"),
             "cosine, linear, wsd or constant",
         )
+        _check("packing", self.packing, self.packing in ("concat", "best-fit"), "concat or best-fit")
         _check("precision", self.precision, self.precision in ("auto", "float32", "bf16"), "auto, float32 or bf16")
         _check("recompute", self.recompute, self.recompute in ("none", "selective", "full"), "none, selective or full")
         starts = [at for at, _ in self.batch_ramp]
@@ -146,16 +158,116 @@ class TrainConfig:
         return {**asdict(self), **lists, "batch_ramp": [list(pair) for pair in self.batch_ramp]}
 
     @classmethod
-    def from_dict(cls, d: dict[str, Any]) -> TrainConfig:
-        """From `to_dict`. Raises UserError for an unknown field."""
-        unknown = set(d) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UserError(f"unknown fields in a training configuration: {', '.join(sorted(unknown))}")
-        model = d["model"] if isinstance(d["model"], LlamaConfig) else LlamaConfig.from_dict(d["model"])
-        tuples = {name: tuple(d[name]) for name in ("betas", "sample_prompts") if name in d}
-        if "batch_ramp" in d:
-            tuples["batch_ramp"] = tuple(tuple(pair) for pair in d["batch_ramp"])
-        return cls(**{**d, "model": model, **tuples})
+    def from_dict(cls, d: Mapping[str, Any]) -> TrainConfig:
+        """From `to_dict`, or a table as in a file. Raises UserError for unknown fields and wrong types."""
+        given = {**d, "model": d["model"].to_dict()} if isinstance(d.get("model"), LlamaConfig) else d
+        return _construct(cls, Schema([cls]).check(given, ""))
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
+    """The configuration in a .yaml, .toml or .json file: a table of the fields; `model` is a table or a preset's name.
+
+    Args:
+        overrides: nested dict that wins over the file.
+
+    Raises:
+        UserError: the file is missing or no table, a field is unknown, missing, given twice or of the wrong type.
+
+    Example:
+        A file `run.yaml` of five lines:
+
+            model: {dim: 256, n_layers: 6, n_heads: 8, vocab_size: 4096}
+            train_data: tokens/train
+            out_dir: runs/first
+            steps: 1000
+            lr: 1e-3
+    """
+    schema = Schema([TrainConfig])
+    layer = merge(schema.check(read_layer(path), f"{path}: "), schema.check(overrides, ""))
+    return _construct(TrainConfig, layer)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What files and command line say, not yet completed by defaults.
+
+    Attributes:
+        values: nested dict of the fields that were given.
+        sections: name -> dataclass, filled.
+    """
+
+    values: dict[str, Any]
+    sections: dict[str, Any]
+
+    def config(self, low: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
+        """The configuration; `low` holds what was not given, before the defaults of `TrainConfig`."""
+        known = {f.name for f in fields(TrainConfig)}
+        return _construct(TrainConfig, {k: v for k, v in merge(low, self.values).items() if k in known})
+
+    def fill(self, cls: type) -> Any:
+        """A dataclass of top-level options, filled."""
+        return _construct(cls, {f.name: self.values[f.name] for f in fields(cls) if f.name in self.values})
+
+
+def parse_arguments(
+    argv: Sequence[str],
+    *,
+    sections: Mapping[str, type] = MappingProxyType({}),
+    options: Sequence[type] = (),
+    short: Mapping[str, str] = MappingProxyType({}),
+    prog: str = "llama-edu train",
+    about: str = "",
+) -> Arguments:
+    """A command line: `--config run.yaml`, then options that win over it, `--lr 1e-3 --model.dim 256 --no-compile`.
+
+    Args:
+        sections: further dataclasses, such as {"parallel": ParallelPlan}: `--parallel.tp 2`, a table `parallel` in the
+            file.
+        options: dataclasses whose fields stand beside those of `TrainConfig`.
+        short: further names for fields, such as {"dim": "model.dim"}.
+        prog, about: for `--help`, which prints all options and raises SystemExit.
+
+    Raises:
+        UserError: a name is unknown (with the nearest that exists), a value has the wrong type, a file is no table.
+    """
+    schema = Schema([*options, TrainConfig], sections, short)
+    if {"--help", "-h"} & set(argv):
+        print(schema.usage(prog, about))
+        raise SystemExit(0)
+    line, files = schema.parse(argv)
+    layer: dict[str, Any] = {}
+    for file in files:
+        layer = merge(layer, schema.check(read_layer(file), f"{file}: "))
+    layer = merge(layer, line)
+    filled = {name: _construct(cls, layer.get(name) or {}, f"{name}.") for name, cls in sections.items()}
+    return Arguments(layer, filled)
+
+
+def _construct(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass with these values. Raises UserError for one that is missing."""
+    values, hints = dict(values), get_type_hints(cls)
+    for field in fields(cls):
+        nested = next((h for h in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(h)), None)
+        if nested is LlamaConfig and field.name in values:
+            values[field.name] = _model(values[field.name], f"{prefix}{field.name}.")
+        elif nested is not None and isinstance(values.get(field.name), Mapping):
+            values[field.name] = _construct(nested, values[field.name], f"{prefix}{field.name}.")
+        elif field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise UserError(f"{prefix}{field.name} is not given, and it has no default")
+    return cls(**values)
+
+
+def _model(values: Mapping[str, Any], prefix: str) -> LlamaConfig:
+    """A preset with changes, or all fields. Widths that follow from a changed one follow it."""
+    if "preset" not in values:
+        return _construct(LlamaConfig, values, prefix)
+    changes = {name: value for name, value in values.items() if name != "preset"}
+    given = LlamaConfig.preset(values["preset"]).to_dict()
+    if {"dim", "n_heads"} & set(changes):
+        given |= {"head_dim": None}
+    if "dim" in changes:
+        given |= {"ffn_dim": None}
+    return LlamaConfig.from_dict({**given, **changes})
 
 
 def _check(name: str, value: Any, good: bool, what: str) -> None:
