@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_edu.data.sources import Document, held_out, read_documents
@@ -126,6 +126,7 @@ def test_a_hub_data_set_without_the_extra_says_what_to_install(monkeypatch):
         texts("hf:some/data")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=40).filter(str.strip), min_size=20, max_size=80, unique=True))
 def test_split_loses_nothing_and_shares_nothing(rows):
     documents = [Document(t, f"{i}") for i, t in enumerate(rows)]
@@ -138,6 +139,7 @@ def test_split_loses_nothing_and_shares_nothing(rows):
     assert {d.name for d in split.held_out} <= {d.name for d in again.held_out}
 
 
+@settings(deadline=None)
 @given(st.text(min_size=200, max_size=2000).filter(str.strip))
 def test_one_long_text_is_cut_near_its_end(text):
     try:

@@ -1,8 +1,8 @@
 """Large corpora become token shards: many processes, bounded memory, and a killed build goes on where it was.
 
 A build cuts the documents, in their order, into shards of about `shard_bytes` of text. Which document goes where
-depends on the text alone; so does every byte that is written, whoever writes it. A shard gets its name when it is whole, and
-`index.json` is written last.
+depends on the text alone; so does every byte that is written, whoever writes it. A shard gets its name when it is
+whole, and `index.json` is written last.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def write_shards(
             folder, digest, size = out / f"shard-{number:05d}", _digest(texts), sum(map(n_bytes, texts))
             names.append(folder.name)
             if _is_whole(folder, digest):
-                bar.initial += size  # what was there does not count for the speed
+                if not bar.disable:
+                    bar.initial += size  # what was there does not count for the speed
                 bar.update(size)
                 continue
             _check_space(out, texts, size, tokenizer.n_vocab)
