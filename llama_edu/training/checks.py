@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,7 @@ from llama_edu.data.tokens import TokenFile
 from llama_edu.errors import UserError
 from llama_edu.training.config import FREE, TrainConfig
 
-__all__ = ["batch_size_at", "identity", "open_data", "refuse_other"]
-
-
-def batch_size_at(tokens: int, config: TrainConfig) -> int:
-    """Sequences of the next batch when `tokens` have been seen."""
-    size = config.batch_size
-    for at, then in config.batch_ramp:
-        size = then if tokens >= at else size
-    return size
-
-
-def sequences_of(config: TrainConfig) -> int:
-    """How many sequences all steps of a run read."""
-    sequences = step = 0
-    for at, _ in (*config.batch_ramp, (math.inf, 0)):
-        size = batch_size_at(sequences * config.seq_len, config)
-        left = config.steps - step
-        if at < math.inf:
-            left = min(left, max(0, -(-(at - sequences * config.seq_len) // (size * config.seq_len))))
-        step, sequences = step + left, sequences + left * size
-    return sequences
+__all__ = ["identity", "open_data", "refuse_other"]
 
 
 def open_data(config: TrainConfig) -> tuple[TokenStream, TokenFile | None]:

@@ -20,6 +20,7 @@ from llama_edu.errors import UserError
 from llama_edu.training.evaluation import evaluate
 from llama_edu.training.loss import backward_batch
 from llama_edu.training.optimizer import make_optimizer
+from llama_edu.training.recompute import recompute
 
 if TYPE_CHECKING:
     from llama_edu.training.config import TrainConfig
@@ -59,7 +60,7 @@ class Engine:
         Args:
             model: the whole model, with the same weights on all ranks; it may still be on the CPU.
         """
-        model = model.to(self.device(config.device), torch.float32).train()
+        model = recompute(model.to(self.device(config.device), torch.float32).train(), config.recompute)
         if config.compile:
             model.compile(dynamic=False)
         return model
@@ -87,9 +88,12 @@ class Engine:
         return backward_batch(
             model,
             batch,
+            count=count,
             accumulate=config.accumulate,
             document_mask=config.document_mask,
             autocast=autocast,
+            z_loss=config.z_loss,
+            chunk_size=config.loss_chunk or None,
         )
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
@@ -124,6 +128,10 @@ class Engine:
         Called on all ranks, because a divided model computes with all of them; only rank 0's texts are kept.
         """
         return sampler(model, prompts)
+
+    def whole(self, model: nn.Module, config: TrainConfig) -> nn.Module | None:
+        """The trained model, undivided, on rank 0; None on other ranks. Called on all ranks when a run is complete."""
+        return model
 
     # --- what the ranks tell each other -------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from llama_edu.data.tokens import IGNORE, Batch, TokenFile
 from llama_edu.errors import UserError
 from llama_edu.model.transformer import Transformer
 from llama_edu.training import checks
+from llama_edu.training.board import open_boards
 from llama_edu.training.checkpoint import (
     Saver,
     checkpoints,
@@ -32,13 +34,14 @@ from llama_edu.training.checkpoint import (
     write_json,
 )
 from llama_edu.training.config import TrainConfig
+from llama_edu.training.early import Watch, epochs_line
 from llama_edu.training.engine import Engine, agreed
 from llama_edu.training.evaluation import bits_per_byte
-from llama_edu.training.loss import has_bf16
 from llama_edu.training.metrics import Metrics
 from llama_edu.training.process import alone, own_randomness, say, stop_on_signal
 from llama_edu.training.reading import Reader
-from llama_edu.training.schedule import learning_rate
+from llama_edu.training.schedule import batch_size_at, learning_rate
+from llama_edu.training.utilisation import has_bf16, measured_peak, mfu, published_peak
 
 __all__ = ["TrainResult", "train"]
 
@@ -88,9 +91,10 @@ class _Run:
         stream: TokenStream,
         val_file: TokenFile | None,
         sampler: Sampler | None,
+        inform: Callable[[str], None] | None,
     ) -> None:
         self.config, self.engine, self.model, self.stream, self.val_file = config, engine, model, stream, val_file
-        self.sampler = sampler
+        self.sampler, self._inform = sampler, inform
         self.device = engine.device(config.device)
         self.optimizer = engine.optimizer(model, config)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and has_bf16(self.device))
@@ -108,7 +112,9 @@ class _Run:
         self.step = self.tokens = self.sequence = 0
         self.skipped = self.skipped_in_a_row = self.rewinds = 0
         self.saved = 0
+        self.fresh = False
         self.remarks: dict[str, Any] = {}  # for the metrics of the next step
+        self.peak = self.measure_peak() if config.mfu else None
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,16 @@ class _Run:
         self.saved = self.step
         self.remarks["checkpoint_seconds"] = round(time.perf_counter() - started, 4)
 
+    def measure_peak(self) -> float:
+        """FLOP/s of all devices: what the maker states for bfloat16, or what a large product reaches."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = published_peak(name) if self.bf16 else None
+        if peak is None:
+            before = rng_state(self.device)
+            peak = measured_peak(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+            set_rng_state(before, self.device)
+        return peak * self.engine.world_size
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def go(self, stop: threading.Event, on_step: Callable[[dict[str, Any], nn.Module], None] | None) -> TrainResult:
@@ -170,7 +186,11 @@ class _Run:
         config, engine, resumed_from = self.config, self.engine, self.step
         bar = tqdm(total=config.steps, initial=self.step, unit="step", disable=None if self.progress else True)
         reader = Reader(self.stream, engine, config.data_workers)
-        metrics = Metrics(self.out if engine.rank == 0 else None, keep=self.step)
+        with agreed(engine):
+            boards = open_boards(config, self.step) if engine.rank == 0 else []
+        metrics = Metrics(self.out if engine.rank == 0 else None, keep=self.step, boards=boards)
+        watch = Watch(config, self.inform, self.tell) if self.fresh else None
+        self.inform(epochs_line(config, self.stream))
         try:
             with bar, metrics, reader:
                 while self.step < config.steps:
@@ -184,6 +204,8 @@ class _Run:
                     metrics.write(entry)
                     bar.set_postfix_str(_postfix(entry), refresh=False)
                     bar.update()
+                    if watch is not None:
+                        watch.look(entry)
                     if on_step is not None:
                         on_step(entry, self.model)
                     if (
@@ -209,7 +231,7 @@ class _Run:
         """The batches (first sequence, count) of this step and of those that are read ahead."""
         batches, sequence, tokens = [], self.sequence, self.tokens
         for _ in range(1 + self.config.data_workers):
-            count = checks.batch_size_at(tokens, self.config)
+            count = batch_size_at(tokens, self.config.batch_size, self.config.batch_ramp)
             batches.append((sequence, count))
             sequence, tokens = sequence + count, tokens + count * self.config.seq_len
         return batches
@@ -217,7 +239,7 @@ class _Run:
     def train_step(self, batch: Batch, started: float) -> dict[str, Any]:
         """One step of the optimiser, or none where loss or gradient is not finite. Returns its metrics."""
         config, engine = self.config, self.engine
-        size = checks.batch_size_at(self.tokens, config)
+        size = batch_size_at(self.tokens, config.batch_size, config.batch_ramp)
         self.step, self.sequence, self.tokens = self.step + 1, self.sequence + size, self.tokens + size * config.seq_len
         lr = learning_rate(
             self.step,
@@ -250,6 +272,9 @@ class _Run:
             "tokens_per_second": round(size * config.seq_len / (time.perf_counter() - started), 1),
         }
         remarks, self.remarks = self.remarks, {}
+        if self.peak is not None:
+            share = mfu(config.model, entry["tokens_per_second"], seq_len=config.seq_len, peak=self.peak)
+            entry["mfu"] = round(share, 4)
         return entry | remarks
 
     def rewind(self, metrics: Metrics) -> None:
@@ -307,7 +332,17 @@ class _Run:
         set_rng_state(before, self.device)
         return {} if texts is None else {"samples": [{"prompt": p, "text": t} for p, t in zip(prompts, texts)]}
 
+    def inform(self, sentence: str) -> None:
+        """What is good to know: to whom asked for it, or beside a progress bar."""
+        if self.engine.rank != 0:
+            return
+        if self._inform is not None:
+            self._inform(sentence)
+        elif self.progress and sys.stderr.isatty():
+            say(sentence)
+
     def tell(self, sentence: str) -> None:
+        """What should be read."""
         if self.engine.rank == 0:
             say(sentence)
 
@@ -335,7 +370,10 @@ class _Run:
 
 def _postfix(entry: dict[str, Any]) -> str:
     loss = "not finite, skipped" if entry["skipped"] else f"{entry['loss']:.3f}"
-    return f"loss {loss}, lr {entry['lr']:.2e}, {entry['tokens_per_second']:,.0f} tokens/s"
+    text = (
+        f"loss {loss}, lr {entry['lr']:.1e}, norm {entry['grad_norm']:.2f}, {entry['tokens_per_second']:,.0f} tokens/s"
+    )
+    return f"{text}, MFU {entry['mfu']:.0%}" if "mfu" in entry else text
 
 
 def train(
@@ -346,6 +384,7 @@ def train(
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     on_step: Callable[[dict[str, Any], nn.Module], None] | None = None,
     sampler: Sampler | None = None,
+    inform: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a model; go on from the newest whole checkpoint in `config.out_dir` when there is one.
 
@@ -358,10 +397,13 @@ def train(
         prepare: applied to the whole model before the engine's own preparation.
         on_step: called on every rank after each step with its metrics and the model; an exception ends the run.
         sampler: writes the texts of `config.sample_prompts`: (model, prompts) -> texts.
+        inform: takes sentences about the beginning of the run (epochs of the data, first loss); None shows them beside
+            a progress bar.
 
     Raises:
         UserError: the data does not fit the configuration, `out_dir` belongs to another run or is in use, the disk is
-            full, or loss and gradient were not finite `max_skipped` times in a row, again and again.
+            full, the loss diverges at once, or loss and gradient were not finite `max_skipped` times in a row, again
+            and again.
     """
     engine = Engine() if engine is None else engine
     with ExitStack() as stack:
@@ -374,10 +416,12 @@ def train(
                 stack.enter_context(alone(Path(config.out_dir)))
         stack.enter_context(own_randomness(config.seed, device))
         stop = stack.enter_context(stop_on_signal())
+        fresh = model is None
         model = Transformer(config.model) if model is None else model
         model = engine.prepare(model if prepare is None else prepare(model), config)
-        run = _Run(config, engine, model, stream, val_file, sampler)
+        run = _Run(config, engine, model, stream, val_file, sampler, inform)
         run.resume()
+        run.fresh = fresh and run.step == 0
         with agreed(engine):
             if engine.rank == 0:
                 write_json(Path(config.out_dir) / "config.json", config.to_dict())

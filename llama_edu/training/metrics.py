@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,13 @@ class Metrics:
         history: its lines.
     """
 
-    def __init__(self, folder: Path | None, keep: int) -> None:
-        """Open the file in `folder` (None: only remember), dropping lines after step `keep` and what is damaged."""
-        self.file = None
+    def __init__(self, folder: Path | None, keep: int, boards: Sequence[Any] = ()) -> None:
+        """Open the file in `folder` (None: only remember), dropping lines after step `keep` and what is damaged.
+
+        Args:
+            boards: take each line as well.
+        """
+        self.file, self.boards = None, boards
         self.history: list[dict[str, Any]] = []
         if folder is None:
             return
@@ -63,6 +67,8 @@ class Metrics:
         if self.file is not None:
             self.file.write(self._line(entry))
             self.file.flush()
+        for board in self.boards:
+            board.write(entry)
 
     def rewind(self, step: int, number: int) -> None:
         """Move the lines after `step` into `discarded.jsonl`, marked with the number of the rewind."""
@@ -90,3 +96,5 @@ class Metrics:
     def __exit__(self, *error: Any) -> None:
         if self.file is not None:
             self.file.close()
+        for board in self.boards:
+            board.close()
