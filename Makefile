@@ -3,6 +3,7 @@
 #   make tour        the main job: raw text in, generated text out, and a report
 #   make test        every test: pytest, each lesson's stored outputs, the exported modules
 #   make lab         the lessons in JupyterLab
+#   make docs        the book: a website of all lessons; make docs-serve shows it
 #
 # TORCH_INDEX=URL takes torch from that package index (see the README: CPU builds for Linux, CUDA builds).
 
@@ -15,10 +16,10 @@ WORKERS ?= 2
 export TORCH_INDEX
 PYTEST := OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(WORKERS) --dist loadfile -q
 
-.PHONY: help tour test fast lab setup notebooks export check lint format bench clean
+.PHONY: help tour test fast lab setup notebooks export check lint format docs docs-serve clean
 
 help:
-	@sed -n '3,7s/^# \{0,1\}//p' Makefile
+	@sed -n '3,8s/^# \{0,1\}//p' Makefile
 
 tour:
 	@$(SETUP)
@@ -29,19 +30,27 @@ lab:
 	@$(BIN) -m llama_edu.cli.main lab
 
 setup:
-	@$(SETUP) notebooks test dev
+	@$(SETUP) notebooks test docs dev
 
 # What fails fastest comes first.
 test:
-	@$(SETUP) notebooks test dev
+	@$(SETUP) notebooks test docs dev
 	@$(BIN) tools/lessons.py check
 	@$(BIN) -m ruff check -q .
 	@$(PYTEST) tests
 	@$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 notebooks
 
 fast:
-	@$(SETUP) notebooks test dev
+	@$(SETUP) notebooks test docs dev
 	@$(PYTEST) -m "not slow" tests
+
+docs:
+	@$(SETUP) notebooks docs
+	@$(BIN) tools/docs.py
+
+docs-serve:
+	@$(SETUP) notebooks docs
+	@$(BIN) tools/docs.py serve
 
 # Execute lessons and store their outputs: all, or `make notebooks LESSON="10 11"`.
 notebooks:
@@ -57,11 +66,11 @@ check:
 	@$(BIN) tools/lessons.py check
 
 lint:
-	@$(SETUP) notebooks test dev
+	@$(SETUP) notebooks test docs dev
 	@$(BIN) -m ruff check .
 
 format:
-	@$(SETUP) notebooks test dev
+	@$(SETUP) notebooks test docs dev
 	@$(BIN) -m ruff format conftest.py tools tests benchmarks notebooks/*.ipynb
 	@$(BIN) -m ruff check --fix-only -q .
 

@@ -1,6 +1,6 @@
 """Make .venv with the pinned versions, once. Runs on the bare interpreter, before anything is installed.
 
-    python3 tools/setup_venv.py [EXTRA ...]       EXTRA: notebooks, test, dev, bench, hub
+    python3 tools/setup_venv.py [EXTRA ...]       EXTRA: notebooks, test, docs, dev, bench, hub, track
 
 Repeating it does nothing until pyproject.toml or constraints.txt change or another extra is asked for.
 TORCH_INDEX in the environment names a package index to take torch from.
