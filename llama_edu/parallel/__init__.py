@@ -1,0 +1,43 @@
+"""Many GPUs: meshes, every way to cut a model, the engine that trains across them, and the cluster on paper.
+
+Names load on first use, so that one part does not pay for the imports of the others.
+"""
+
+from typing import TYPE_CHECKING
+
+from llama_edu._lazy import lazy
+
+if TYPE_CHECKING:
+    from llama_edu.parallel.failures import daly_interval, effective_time, simulate, spares_needed, young_interval
+    from llama_edu.parallel.planner import (
+        GPU,
+        GPUS,
+        ClusterReport,
+        PlanSearch,
+        plan_cluster,
+        search_plans,
+        shard_shapes,
+    )
+
+__all__ = [
+    "GPU",
+    "GPUS",
+    "ClusterReport",
+    "PlanSearch",
+    "daly_interval",
+    "effective_time",
+    "plan_cluster",
+    "search_plans",
+    "shard_shapes",
+    "simulate",
+    "spares_needed",
+    "young_interval",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "failures": ("daly_interval", "effective_time", "simulate", "spares_needed", "young_interval"),
+        "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
+    },
+)
