@@ -120,6 +120,44 @@ def test_a_hub_data_set_is_streamed_row_by_row(monkeypatch):
     assert calls == [("some/data", "train", True)]
 
 
+def test_config_split_and_revision_of_a_hub_data_set_are_chosen_in_the_name(monkeypatch):
+    calls = []
+    load = lambda *args, **kwargs: calls.append((args, kwargs)) or iter([{"body": "a"}])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    found = list(read_documents("hf:some/data?config=en&split=test&revision=v1", field="body"))
+    assert [d.text for d in found] == ["a"]
+    assert calls == [(("some/data",), {"name": "en", "split": "test", "revision": "v1", "streaming": True})]
+    with pytest.raises(UserError, match="chooses 'spilt'; a data set has config, split and revision"):
+        texts("hf:some/data?spilt=test")
+    with pytest.raises(UserError, match="no string field 'text'; its fields are body"):
+        texts("hf:some/data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, make", [("jsonl", jsonl), ("parquet", parquet)])
+def test_a_local_folder_is_streamed_through_datasets(tmp_path, kind, make):
+    """The real `datasets`, without a network: several files of one kind, read as a stream in order."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    for part in range(2):
+        rows = [f"{part} {text}" for text in TEXTS]
+        (tmp_path / f"train-{part}.{kind}").write_bytes(make(rows))
+    assert texts(f"hf:{tmp_path}") == [f"{part} {text}" for part in range(2) for text in TEXTS]
+    with pytest.raises(UserError, match="could not be read from the Hub"):
+        texts(f"hf:{tmp_path}?split=test")
+    with pytest.raises(UserError, match="could not be read from the Hub"):
+        texts(f"hf:{tmp_path}/none")
+
+
+def test_a_row_may_have_its_text_elsewhere_and_sources_may_be_several(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a", "text": "no"}\n')
+    pq.write_table(pa.table({"body": ["b"]}), tmp_path / "b.parquet")
+    found = read_documents([tmp_path / "b.parquet", str(tmp_path / "a.jsonl")], field="body")
+    assert [d.text for d in found] == ["b", "a"]
+    with pytest.raises(UserError, match='a string under "content"'):
+        list(read_documents(tmp_path / "a.jsonl", field="content"))
+
+
 def test_a_hub_data_set_without_the_extra_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"llama-edu\[hub\]"):

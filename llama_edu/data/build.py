@@ -264,13 +264,14 @@ class _Worker:
     def do(self, task: tuple) -> None:
         """Have a shard written. Raises what the worker met."""
         try:
-            if self.tokenizer:
-                self.process.stdin.write(self.tokenizer)
-                self.tokenizer = b""
-            pickle.dump(task, self.process.stdin, protocol=5)
+            for message in (self.tokenizer, pickle.dumps(task, protocol=5)):
+                if message:
+                    self.process.stdin.write(len(message).to_bytes(8, "little"))
+                    self.process.stdin.write(message)
+            self.tokenizer = b""
             self.process.stdin.flush()
             kind, what = pickle.load(self.process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
             code = self.process.wait()
             raise UserError(
                 f"a worker ended with exit code {code}, perhaps for want of memory: lower workers or shard_bytes, and "
@@ -332,12 +333,12 @@ class _Team:
 
 def _pickled(tokenizer: Any) -> bytes:
     """A tokenizer without what it has cached, which may not travel and is made again."""
-    light = copy.copy(tokenizer)
-    for kind in type(tokenizer).__mro__:
-        for name, value in vars(kind).items():
-            if isinstance(value, cached_property):
-                vars(light).pop(name, None)
     try:
+        light = copy.copy(tokenizer)
+        for kind in type(tokenizer).__mro__:
+            for name, value in vars(kind).items():
+                if isinstance(value, cached_property):
+                    vars(light).pop(name, None)
         return pickle.dumps(light, protocol=5)
     except Exception as error:
         raise UserError(
@@ -349,27 +350,21 @@ def _work() -> None:
     """The life of a worker."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anyone prints goes to standard error
-    tasks: SimpleQueue = SimpleQueue()
+    messages: SimpleQueue[bytes] = SimpleQueue()
 
     def read() -> None:
-        try:
-            while True:
-                tasks.put(pickle.load(sys.stdin.buffer))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            os._exit(0)  # the build has ended, or was killed
-        except BaseException as error:
-            tasks.put(error)
+        while head := sys.stdin.buffer.read(8):
+            messages.put(sys.stdin.buffer.read(int.from_bytes(head, "little")))
+        os._exit(0)  # the build has ended, or was killed
 
     threading.Thread(target=read, daemon=True).start()
-    tokenizer = tasks.get()
+    sent, tokenizer = messages.get(), None
     while True:
-        task = tasks.get()
+        task = messages.get()
         try:
-            if isinstance(tokenizer, BaseException):
-                raise UserError(f"the tokenizer could not be sent to a worker ({tokenizer}); give workers=0")
-            if isinstance(task, BaseException):
-                raise task
-            texts, folder, hashes = task
+            if tokenizer is None:
+                tokenizer = _unpickled(sent)
+            texts, folder, hashes = pickle.loads(task)
             _write_one(texts, tokenizer, Path(folder), hashes)
             answer = ("done", None)
         except UserError as error:
@@ -378,3 +373,12 @@ def _work() -> None:
             answer = ("error", f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)
         answers.flush()
+
+
+def _unpickled(sent: bytes) -> Any:
+    try:
+        return pickle.loads(sent)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer is not known in another process ({error}): define it in a module, or give workers=0"
+        ) from error

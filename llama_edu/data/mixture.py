@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class Source(Protocol):
     def fingerprint(self, until: int | None = None) -> str: ...
 
 
-def check_weights(weights: Mapping[str, float], known: Sequence[str]) -> list[float]:
+def check_weights(weights: Mapping[str, Any], known: Sequence[str]) -> list[float]:
     """The weight of each of the sources `known`, 0 where none is given.
 
     Raises:

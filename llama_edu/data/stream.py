@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from llama_edu.data.build import unfinished
 from llama_edu.data.mixture import Mixture, check_weights
@@ -16,11 +16,10 @@ from llama_edu.data.packing import PackedSequences
 from llama_edu.data.tokens import Batch, Batches, TokenFile, TokenShards
 from llama_edu.errors import UserError
 
-__all__ = ["Packing", "Spec", "TokenStream", "open_stream", "open_tokens", "read_ahead", "read_spec"]
+__all__ = ["Spec", "TokenStream", "open_stream", "open_tokens", "read_ahead", "read_spec"]
 
 Tokens = str | Path | Sequence[str | Path]
 Spec = Tokens | Mapping[str, Any]
-Packing = Literal["concat", "best-fit"]
 SPEC_FILES = (".json", ".toml", ".yaml", ".yml")
 
 
@@ -84,7 +83,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def open_stream(spec: Spec, *, seq_len: int, seed: int, packing: Packing = "concat") -> TokenStream:
+def open_stream(spec: Spec, *, seq_len: int, seed: int, packing: str = "concat") -> TokenStream:
     """The stream of training sequences that `spec` describes.
 
     Args:
