@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llama_edu import KVCache, LlamaConfig, Transformer, generate
 from llama_edu.config import RopeScaling
 from llama_edu.generation import NonFiniteLogits, Sampler
+from llama_edu.generation.cache import dequantize_heads, quantize_heads
 
 SHAPE = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=48)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
@@ -125,6 +126,24 @@ def test_stream_yields_the_same_ids_step_by_step(model):
     assert [row for row, _ in steps] == [0, 1, 2] * 4
     new = generate(model, PROMPTS, max_new_tokens=4)
     assert [[token for r, token in steps if r == row] for row in range(3)] == new
+
+
+def test_going_on_with_a_cache_reads_only_what_is_new(model):
+    read = []
+    handle = model.tok_embeddings.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    cache = KVCache(model.cfg, batch_size=1, max_seq_len=40, dtype=torch.float64)
+    first = generate(model, [[1, 2, 3]], max_new_tokens=4, cache=cache)[0]
+    assert cache.lengths.tolist() == [6] and read == [3, 1, 1, 1]
+    second = generate(model, [[first[-1], 5, 6]], max_new_tokens=4, cache=cache)[0]
+    handle.remove()
+    assert read[4:] == [3, 1, 1, 1]
+    assert second == by_hand(model, [1, 2, 3, *first, 5, 6], 4)
+    with pytest.raises(ValueError, match=r"3 ids after the 12 in the cache .* context is 40: ask for at most 25"):
+        generate(model, [[1, 2, 3]], max_new_tokens=26, cache=cache)
+    with pytest.raises(ValueError, match="2 prompts and a cache of 1 sequences"):
+        generate(model, [[1], [2]], max_new_tokens=1, cache=cache)
+    with pytest.raises(ValueError, match="one or the other"):
+        generate(model, [[1]], max_new_tokens=1, cache=cache, cache_dtype=torch.int8)
 
 
 def test_stream_refuses_before_the_first_step(model):
@@ -288,3 +307,59 @@ def test_cache_refusals(model):
             cache.truncate(lengths)
     with pytest.raises(ValueError, match="at least 1"):
         KVCache(model.cfg, batch_size=0, max_seq_len=5)
+
+
+def test_static_shapes_give_the_same_answers(model):
+    tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
+    static = KVCache(model.cfg, batch_size=2, max_seq_len=20, dtype=torch.float64, static=True)
+    plain = KVCache(model.cfg, batch_size=2, max_seq_len=20, dtype=torch.float64)
+    seen = []
+    handle = model.layers["0"].attention.inner.register_forward_pre_hook(lambda m, args: seen.append(args[1].shape[2]))
+    with torch.no_grad():
+        for piece in tokens.split([7, 1, 4], dim=1):
+            a, b = model(piece, cache=static), model(piece, cache=plain)
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    handle.remove()
+    assert seen == [20, 7, 20, 8, 20, 12]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    x=st.lists(st.floats(-1e6, 1e6, width=32), min_size=8, max_size=8),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e3]),
+)
+def test_int8_is_off_by_half_a_step_at_most(x, scale):
+    x = torch.tensor([x, [0.0] * 8]) * scale
+    q, s = quantize_heads(x)
+    back = dequantize_heads(q, s, torch.float32)
+    assert ((back - x).abs() <= s[:, None] * 0.5001).all() and back[1].eq(0).all()
+    assert torch.equal(s, x.abs().amax(-1) / 127)
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.bfloat16, 0.05), (torch.int8, 0.1), (torch.float32, 1e-5)])
+def test_fewer_bits_change_logits_little(dtype, apart):
+    model = Transformer(LlamaConfig(**SHAPE)).double()
+    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.cfg, batch_size=2, max_seq_len=20, dtype=dtype)
+    with torch.no_grad():
+        got = torch.cat([model(t, cache=cache) for t in tokens.split([7, 1, 12], dim=1)], 1)
+        whole = model(tokens)
+    assert 0 < (got - whole).abs().max() / whole.abs().max() < apart
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_narrow_caches_cut_and_keep_rows_like_wide_ones(dtype):
+    model = make(torch.float32)
+    together = generate(model, PROMPTS, max_new_tokens=8, cache_dtype=dtype)
+    assert together == [generate(model, [p], max_new_tokens=8, cache_dtype=dtype)[0] for p in PROMPTS]
+    stop = together[0][2]
+    cut = [row[: row.index(stop)] if stop in row else row for row in together]
+    assert generate(model, PROMPTS, max_new_tokens=8, cache_dtype=dtype, stop_ids=[stop]) == cut
+
+
+def test_int8_bytes_are_counted_with_their_scales(model):
+    cache = KVCache(model.cfg, batch_size=3, max_seq_len=17, dtype=torch.int8)
+    numbers = model.cfg.kv_cache_bytes(17, batch_size=3, dtype=torch.int8)
+    assert cache.nbytes == numbers + numbers // model.cfg.head_dim * 4
+    with pytest.raises(ValueError, match=r"torch.int32; it must be a kind of float, or torch.int8"):
+        KVCache(model.cfg, batch_size=3, max_seq_len=17, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Checks for the exercises of lesson 50: the mask with a cache, one step of attention, greedy decoding."""
+"""Checks for the exercises of lesson 50: mask, one step of attention, greedy decoding, blocks, int8, scheduling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from llama_edu.exercises import exercise
 from llama_edu.model import Transformer
 from llama_edu.model.rope import apply_rope
 
-__all__ = ["check_attend_one", "check_cached_mask", "check_greedy", "rotate"]
+__all__ = [
+    "check_attend_one",
+    "check_cached_mask",
+    "check_from_blocks",
+    "check_greedy",
+    "check_passes",
+    "check_to_int8",
+    "rotate",
+]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,4 +186,111 @@ def check_greedy(attempt) -> str | None:
         return f"The ids should be {new}; yours are {answer}. Take the arg-max of the last position's logits."
     if sum(map(len, seen)) > len(prompt) + n:
         return f"The ids are right, but the model read {sum(map(len, seen))} tokens; {len(prompt) + n - 1} suffice."
+    return None
+
+
+@exercise(lesson="50_kv_cache", level=1, minutes=10)
+def check_from_blocks(attempt) -> str | None:
+    heads, size, head_dim = 2, 4, 3
+    store = torch.randn(8, size, heads, head_dim, generator=torch.Generator().manual_seed(0))
+    for table, length in [([5, 0, 7], 10), ([3], 4), ([6, 1], 5)]:
+        picked = store[table].flatten(0, 1)
+        right = picked[:length].transpose(0, 1)
+        keys = attempt(store.clone(), list(table), length)
+        if not isinstance(keys, Tensor):
+            return f"A tensor is expected; you returned {type(keys).__name__}."
+        if keys.shape == (length, heads, head_dim):
+            return "The keys are there, but the axes are (length, heads, head_dim): attention wants the heads in front."
+        if keys.shape == (heads, len(table) * size, head_dim) and length < len(table) * size:
+            return (
+                f"You return whole blocks: the last one is only partly filled, so cut off what stands behind token "
+                f"{length}."
+            )
+        if keys.shape != right.shape:
+            return f"The shape must be {tuple(right.shape)}; yours is {tuple(keys.shape)}."
+        if torch.equal(keys, right):
+            continue
+        wrong = {
+            "You took the first blocks of the store; the table says which blocks are this sequence's.": (
+                store[: len(table)].flatten(0, 1)[:length].transpose(0, 1)
+            ),
+            "The blocks come in the order of their numbers; the order of the table is the order of the text.": (
+                store[sorted(table)].flatten(0, 1)[:length].transpose(0, 1)
+            ),
+            "Heads and tokens are mixed up: exchange the two axes with transpose, do not reshape one into the other.": (
+                picked[:length].reshape(heads, length, head_dim)
+            ),
+        }
+        for verdict, tensor in wrong.items():
+            if torch.equal(keys, tensor):
+                return verdict
+        return f"For table {table} and {length} tokens: token p is place p % {size} of block table[p // {size}]."
+    return None
+
+
+@exercise(lesson="50_kv_cache", level=2, minutes=15)
+def check_to_int8(attempt) -> str | None:
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([1e-3, 1.0, 50.0])[:, None, None] * torch.linspace(0.5, 3.0, 5)[:, None]
+    answer = attempt(x.clone())
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        return "Return two tensors: the whole numbers, then the scales."
+    q, scale = answer
+    if q.dtype != torch.int8:
+        return f"The whole numbers are to be torch.int8; yours are {q.dtype}."
+    if scale.numel() == 1:
+        return "You have one scale for everything: small vectors vanish. Each head and token needs its own."
+    if scale.shape == (3, 1, 1):
+        return "You have one scale a head: a token that comes later may be larger. Each token needs its own too."
+    if scale.shape != (3, 5, 1):
+        return f"The scales must have the shape (3, 5, 1); yours have {tuple(scale.shape)}: is keepdim=True there?"
+    step = x.abs().amax(-1, keepdim=True) / 127
+    if torch.allclose(scale, 127 * step):
+        return "Your scale is the largest magnitude itself; divided by 127 it is the length of a step."
+    if torch.allclose(scale * q, x.clamp(max=0), atol=float(step.max())) or torch.allclose(
+        scale, x.amax(-1, keepdim=True) / 127
+    ):
+        return "Your scale comes from the largest number; a negative one may be larger in magnitude: take abs() first."
+    off = ((q * scale - x).abs() / step).amax()
+    if torch.equal(q, (x / step).to(torch.int8)):
+        return "`.to(torch.int8)` cuts the decimals off, so you are up to a whole step away: round before it."
+    if torch.allclose(scale, 127 * step / 128):
+        return "128 steps reach beyond the largest int8, which is 127: the largest number turns negative."
+    if off > 0.51:
+        return f"q * scale is up to {float(off):.1f} steps away from x; rounding needs no more than half a step."
+    q, scale = attempt(torch.zeros(1, 2, 4))
+    if not torch.equal(q * scale, torch.zeros(1, 2, 4)):
+        return "A vector of zeros does not come back as zeros: 0 / 0 is a NaN, so divide by something else there."
+    return None
+
+
+@exercise(lesson="50_kv_cache", level=2, minutes=15)
+def check_passes(attempt) -> str | None:
+    for lengths, rows in [([1, 9, 4, 8, 8, 9, 4], 3), ([5, 1, 1, 1], 2), ([4], 3), ([2, 2, 9, 1], 2)]:
+        free = [0] * rows
+        for n in lengths:
+            free[free.index(min(free))] += n
+        right, got = max(free), attempt(list(lengths), rows)
+        if got == right:
+            continue
+        turns = [sum(lengths[i::rows]) for i in range(rows)]
+        greedy = [0] * rows
+        for n in sorted(lengths, reverse=True):
+            greedy[greedy.index(min(greedy))] += n
+        wrong = {
+            sum(max(lengths[i : i + rows]) for i in range(0, len(lengths), rows)): (
+                "That is the static batch: it waits for the longest of each group before the next may start."
+            ),
+            max(turns): "You deal the requests out to the rows in turn; a request takes the row that is free first.",
+            -(-sum(lengths) // rows): (
+                "That is all tokens divided by the rows: no schedule does better, but at the end some rows have "
+                "nothing left to do."
+            ),
+            min(free): "That is when the first row is free for good; the last request ends later.",
+            max(greedy): "You start the longest first; requests start in the order in which they came.",
+            sum(lengths): "That is one after another: as many as `rows` run at a time.",
+        }
+        if got in wrong:
+            return wrong[got]
+        return f"For lengths {lengths} on {rows} rows it takes {right} passes; you say {got}."
     return None

@@ -8,15 +8,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int, Int8
 from torch import Tensor
 
 from ..config import LlamaConfig
 
 # %% auto #0
-__all__ = ['KVCache']
+__all__ = ['new_numbers', 'write_numbers', 'read_numbers', 'KVCache', 'quantize_heads', 'dequantize_heads']
 
 # %% ../../notebooks/50_kv_cache.ipynb #14d8e0d0
+def new_numbers(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for numbers, and for int8 that of a scale for each vector along the last axis.
+
+    Zeros, not empty: a masked key has weight 0, but 0 * NaN is NaN, and fresh memory may hold one.
+
+    Raises:
+        ValueError: the dtype is neither torch.int8 nor a kind of float.
+    """
+    if dtype != torch.int8 and not dtype.is_floating_point:
+        raise ValueError(f"keys and values cannot be kept as {dtype}; it must be a kind of float, or torch.int8")
+    scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device) if dtype == torch.int8 else None
+    return torch.zeros(shape, dtype=dtype, device=device), scale
+
+
+def write_numbers(data: Tensor, scale: Tensor | None, at: tuple, x: Tensor) -> None:
+    """data[at] = x, in the dtype of `data`."""
+    if scale is None:
+        data[at] = x.to(data.dtype)
+    else:
+        data[at], scale[at] = quantize_heads(x)
+
+
+def read_numbers(data: Tensor, scale: Tensor | None, at: tuple, dtype: torch.dtype) -> Tensor:
+    """data[at], in `dtype`; without a copy where nothing is to be converted."""
+    return data[at].to(dtype) if scale is None else dequantize_heads(data[at], scale[at], dtype)
+
+# %% ../../notebooks/50_kv_cache.ipynb #cbe7a596
 class KVCache:
     """Keys and values of a batch of sequences, one block of memory each, allocated once.
 
@@ -26,12 +55,15 @@ class KVCache:
     Args:
         cfg: layers, key/value heads and head width are used.
         batch_size: number of sequences.
-        max_seq_len: tokens that each sequence has room for.
-        dtype: of the numbers kept; that of the model.
+        max_seq_len: tokens that each sequence has room for. It does not roll over: see lesson 50.
+        dtype: of the numbers kept: that of the model, a narrower one, or torch.int8 with a scale a token and head.
         device: where they are kept; that of the model.
+        static: hand out all the room in every step, not only what is filled: every step then has the same shapes, as
+            compiled code wants them.
 
     Attributes:
         k, v: all layers' keys and values, (n_layers, batch, n_kv_heads, max_seq_len, head_dim).
+        k_scale, v_scale: for int8 their scales, (n_layers, batch, n_kv_heads, max_seq_len); else None.
         lengths: tokens held by each sequence, (batch,).
 
     Example:
@@ -48,13 +80,14 @@ class KVCache:
         max_seq_len: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        static: bool = False,
     ) -> None:
         if batch_size < 1 or max_seq_len < 1:
             raise ValueError(f"a cache for {batch_size} sequences of {max_seq_len} tokens: both must be at least 1")
         shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, max_seq_len, cfg.head_dim)
-        # Zeros, not empty: a masked key has weight 0, but 0 * NaN is NaN, and fresh memory may hold one.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.k_scale = new_numbers(shape, dtype, device)
+        self.v, self.v_scale = new_numbers(shape, dtype, device)
+        self.static = static
         self._set_lengths(torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def _set_lengths(self, lengths: Int[Tensor, " batch"]) -> None:
@@ -69,8 +102,8 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, used or not."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes of all keys and values, used or not, with their scales."""
+        return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
     def positions(self, seq: int) -> Int[Tensor, "batch {seq}"]:
         """Where the next `seq` tokens of each sequence stand."""
@@ -87,19 +120,22 @@ class KVCache:
         Raises:
             ValueError: no room is left.
         """
-        seq, start = k.shape[2], self._longest
+        seq, start, dtype = k.shape[2], self._longest, k.dtype
         end = start + seq
         if end > self.max_seq_len:
-            raise ValueError(f"the cache has room for {self.max_seq_len} tokens a sequence; {end} are to be stored")
+            raise ValueError(
+                f"the cache has room for {self.max_seq_len} tokens a sequence; {end} are to be stored, and the oldest "
+                "cannot be dropped, since no Llama was trained with a window: make it larger, or read less"
+            )
         if self._ragged:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            at = self.positions(seq)
-            self.k[layer][rows, :, at] = k.transpose(1, 2)
-            self.v[layer][rows, :, at] = v.transpose(1, 2)
+            at = (layer, torch.arange(len(k), device=k.device)[:, None], slice(None), self.positions(seq))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         else:
-            self.k[layer, :, :, start:end] = k
-            self.v[layer, :, :, start:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+            at = (layer, slice(None), slice(None), slice(start, end))
+        write_numbers(self.k, self.k_scale, at, k)
+        write_numbers(self.v, self.v_scale, at, v)
+        kept = (layer, slice(None), slice(None), slice(0, self.max_seq_len if self.static else end))
+        return read_numbers(self.k, self.k_scale, kept, dtype), read_numbers(self.v, self.v_scale, kept, dtype)
 
     def advance(self, seq: int) -> None:
         """Count `seq` more tokens of every sequence as stored, after all layers have stored them."""
@@ -131,9 +167,31 @@ class KVCache:
         rows = list(rows)
         if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= len(self.lengths):
             raise ValueError(f"rows to keep are {rows}; they must be ascending, from 0 to {len(self.lengths) - 1}")
-        for new, old in enumerate(rows):
-            if new != old:  # old > new: nothing is overwritten before it has moved
-                self.k[:, new, :, : self._longest] = self.k[:, old, :, : self._longest]
-                self.v[:, new, :, : self._longest] = self.v[:, old, :, : self._longest]
-        self.k, self.v = self.k[:, : len(rows)], self.v[:, : len(rows)]
+        for name in ("k", "v", "k_scale", "v_scale"):
+            numbers = getattr(self, name)
+            if numbers is None:
+                continue
+            for new, old in enumerate(rows):
+                if new != old:  # old > new: nothing is overwritten before it has moved
+                    numbers[:, new, :, : self._longest] = numbers[:, old, :, : self._longest]
+            setattr(self, name, numbers[:, : len(rows)])
         self._set_lengths(self.lengths[rows])
+
+# %% ../../notebooks/50_kv_cache.ipynb #7cf3315c
+def quantize_heads(
+    x: Float[Tensor, "*rest head_dim"],
+) -> tuple[Int8[Tensor, "*rest head_dim"], Float32[Tensor, "*rest"]]:
+    """Whole numbers from -127 to 127 and one scale for each vector: x = scale * number, up to half a scale.
+
+    The scale is the largest magnitude divided by 127, so no number is further off than 1/254 of that magnitude.
+    """
+    scale = x.detach().abs().amax(-1).float() / 127
+    steps = torch.where(scale > 0, scale, 1.0)[..., None].to(x.dtype)  # a vector of zeros has scale 0
+    return (x / steps).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_heads(
+    q: Int8[Tensor, "*rest head_dim"], scale: Float32[Tensor, "*rest"], dtype: torch.dtype
+) -> Float[Tensor, "*rest head_dim"]:
+    """scale * number, in `dtype`."""
+    return (q * scale[..., None]).to(dtype)

@@ -1,6 +1,13 @@
 """Wrong answers that readers give to the exercises of lesson 50, and the words by which the checks must name them."""
 
-from llama_edu.exercises.kv_cache import check_attend_one, check_cached_mask, check_greedy
+from llama_edu.exercises.kv_cache import (
+    check_attend_one,
+    check_cached_mask,
+    check_from_blocks,
+    check_greedy,
+    check_passes,
+    check_to_int8,
+)
 
 _MASK = (
     "import torch\ndef cached_mask(cached, seq):\n"
@@ -30,6 +37,21 @@ def _greedy(body):
         "    cache = KVCache(model.cfg, batch_size=1, max_seq_len=64)\n"
         "    step = lambda ids, c=cache: int(model(torch.tensor([ids]), cache=c)[0, -1].argmax())\n" + body
     )
+
+
+def _blocks(expression):
+    return f"def from_blocks(store, table, length):\n    return {expression}\n"
+
+
+def _int8(scale="x.abs().amax(-1, keepdim=True) / 127", whole="(x / steps).round()"):
+    return (
+        f"import torch\ndef to_int8(x):\n    scale = {scale}\n    steps = torch.where(scale != 0, scale, 1.0)\n"
+        f"    return ({whole}).to(torch.int8), scale\n"
+    )
+
+
+def _passes(body):
+    return f"def passes(lengths, rows):\n    {body}\n"
 
 
 MISTAKES = [
@@ -65,4 +87,26 @@ MISTAKES = [
      "    return prompt + ids"), "prompt too"),
     (check_greedy, _greedy("    ids = [step(prompt)]\n    for _ in range(n): ids.append(step(ids[-1:]))\n"
      "    return ids"), "8 new ids"),
+    (check_from_blocks, _blocks("store[table].flatten(0, 1)[:length]"), "heads in front"),
+    (check_from_blocks, _blocks("store[table].flatten(0, 1).transpose(0, 1)"), "whole blocks"),
+    (check_from_blocks, _blocks("store.flatten(0, 1)[:length].transpose(0, 1)"), "first blocks of the store"),
+    (check_from_blocks, _blocks("store[sorted(table)].flatten(0, 1)[:length].transpose(0, 1)"), "order of the table"),
+    (check_from_blocks, _blocks("store[table].flatten(0, 1)[:length].reshape(2, length, 3)"), "mixed up"),
+    (check_to_int8, _int8("x.abs().amax() / 127"), "one scale for everything"),
+    (check_to_int8, _int8("x.abs().amax((1, 2), keepdim=True) / 127"), "one scale a head"),
+    (check_to_int8, _int8("x.abs().amax(-1) / 127", "x"), "keepdim"),
+    (check_to_int8, _int8("x.abs().amax(-1, keepdim=True)"), "divided by 127"),
+    (check_to_int8, _int8("x.amax(-1, keepdim=True) / 127"), "abs() first"),
+    (check_to_int8, _int8(whole="x / steps"), "cuts the decimals off"),
+    (check_to_int8, _int8("x.abs().amax(-1, keepdim=True) / 128"), "beyond the largest int8"),
+    (check_to_int8, _int8().replace("torch.where(scale != 0, scale, 1.0)", "scale").replace(
+        ", scale\n", ", scale / scale * scale\n"), "0 / 0"),
+    (check_to_int8, _int8().replace(".to(torch.int8)", ""), "torch.int8"),
+    (check_passes, _passes("return sum(max(lengths[i:i + rows]) for i in range(0, len(lengths), rows))"), "static"),
+    (check_passes, _passes("return max(sum(lengths[i::rows]) for i in range(rows))"), "in turn"),
+    (check_passes, _passes("return -(-sum(lengths) // rows)"), "divided by the rows"),
+    (check_passes, _passes("return sum(lengths)"), "one after another"),
+    (check_passes, "def passes(lengths, rows):\n    free = [0] * rows\n"
+     "    for n in sorted(lengths, reverse=True): free[free.index(min(free))] += n\n    return max(free)",
+     "longest first"),
 ]  # fmt: skip
