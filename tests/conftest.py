@@ -19,3 +19,9 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set LLAMA_EDU_TEST_DATA to the folder that has it")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _progress_elsewhere(tmp_path_factory):
+    """Exercises solved by a test are not the reader's."""
+    os.environ["LLAMA_EDU_PROGRESS"] = str(tmp_path_factory.mktemp("progress") / "exercises.json")

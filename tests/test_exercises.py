@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from llama_edu.errors import UserError
 from llama_edu.exercises import Exercise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,36 @@ def test_skeleton_is_open_and_the_printed_solution_passes(topic, exercise):
     solutions = dict(SOLUTION.findall(text))
     assert exercise.name in solutions, f"lesson {exercise.lesson} folds away no solution of {exercise.name}"
     assert exercise.diagnose(define(known + "\n" + solutions[exercise.name], exercise.name)) is None
+
+
+def test_what_is_solved_is_remembered_and_shown(tmp_path, monkeypatch, capsys):
+    from llama_edu.cli.main import run
+    from llama_edu.exercises import all_exercises, solved
+
+    monkeypatch.setenv("LLAMA_EDU_PROGRESS", str(tmp_path / "deep" / "progress.json"))
+    assert len(all_exercises()) == len(ALL) and {e.name for e in all_exercises()} == {e.name for _, e in ALL}
+    passing = Exercise("10_bpe", all_exercises()[0].name, 1, 5, lambda attempt: None)
+    first = next(e for e in all_exercises() if e.lesson == "10_bpe")
+    Exercise("10_bpe", first.name, 1, 5, lambda attempt: "no")(print)
+    assert solved() == set()
+    Exercise("10_bpe", first.name, 1, 5, passing.judge)(print)
+    assert solved() == {("10_bpe", first.name)}
+    capsys.readouterr()
+    assert run(["exercises", "--lesson", "10"]) == 0
+    shown = capsys.readouterr().out
+    assert f"[x] {first.name} " in shown and "10_bpe  1 of" in shown and shown.count("[x]") == 1
+    (tmp_path / "deep" / "progress.json").write_text("[1, 2")
+    assert solved() == set()
+    with pytest.raises(UserError, match="no lesson begins with '99'; those with exercises are 10_bpe"):
+        run(["exercises", "--lesson", "99"])
+
+
+def test_a_verdict_is_given_even_where_it_cannot_be_noted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLAMA_EDU_PROGRESS", str(tmp_path / "file" / "progress.json"))
+    Exercise("10_bpe", "anything", 1, 5, lambda attempt: None)(print)
+    said = capsys.readouterr().out
+    assert said.startswith("Right: anything.") and "could not be noted" in said
 
 
 @pytest.mark.parametrize("topic", TOPICS)

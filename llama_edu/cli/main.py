@@ -17,6 +17,8 @@ VERBS = {
     "generate": ("llama_edu.cli.generate", "generate_text", "continue a prompt with a saved model"),
     "convert": ("llama_edu.cli.convert", "convert", "between the Hugging Face and the Meta layout of weights"),
     "scaling": ("llama_edu.cli.scaling", "scaling", "fit scaling laws to a table of runs"),
+    "exercises": ("llama_edu.cli.exercises", "exercises", "what there is to solve, and what you have solved"),
+    "doctor": ("llama_edu.cli.doctor", "doctor", "what this machine has, and what will work on it"),
     "lab": ("llama_edu.cli.lab", "lab", "open the lessons in JupyterLab"),
 }
 
@@ -39,10 +41,13 @@ def run(argv: list[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise UserError(f"there is no verb {verb!r}; the verbs are {', '.join(VERBS)}")
+    module, name, _ = VERBS[verb]
+    function = getattr(import_module(module), name)
+    if getattr(function, "parses_itself", False):
+        return function(rest)
     import tyro
 
-    module, function, _ = VERBS[verb]
-    result = tyro.cli(getattr(import_module(module), function), args=rest, prog=f"llama-edu {verb}")
+    result = tyro.cli(function, args=rest, prog=f"llama-edu {verb}")
     return result if isinstance(result, int) else 0
 
 

@@ -14,10 +14,15 @@ In a lesson, `check_rms(rms)` prints the verdict and never raises, so a lesson w
 from __future__ import annotations
 
 import functools
+import importlib
+import json
+import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["Exercise", "exercise"]
+__all__ = ["Exercise", "all_exercises", "exercise", "progress_file", "solved"]
 
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 
@@ -52,6 +57,8 @@ class Exercise:
     def __call__(self, attempt: Callable) -> None:
         verdict = self.diagnose(attempt)
         print(f"Right: {self.name}." if verdict is None else f"Not yet: {verdict}")
+        if verdict is None:
+            _remember(self)
 
 
 def exercise(*, lesson: str, level: int, minutes: int) -> Callable[[Callable], Exercise]:
@@ -65,3 +72,43 @@ def exercise(*, lesson: str, level: int, minutes: int) -> Callable[[Callable], E
         return made
 
     return wrap
+
+
+def all_exercises() -> list[Exercise]:
+    """Every exercise of every lesson, in the order of the lessons."""
+    found = []
+    for topic in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{topic.name}")
+        found += [value for value in vars(module).values() if isinstance(value, Exercise)]
+    return sorted(found, key=lambda e: e.lesson)  # within a lesson they stay in the order of their module
+
+
+def progress_file() -> Path:
+    """Where the solved exercises are noted: `$LLAMA_EDU_PROGRESS`, else a file in the user's folder for such state."""
+    import platformdirs
+
+    named = os.environ.get("LLAMA_EDU_PROGRESS")
+    return Path(named) if named else platformdirs.user_state_path("llama_edu") / "exercises.json"
+
+
+def solved() -> set[tuple[str, str]]:
+    """(lesson, name) of each exercise that has been solved. A file that is damaged or cannot be read counts as empty."""
+    try:
+        return {(lesson, name) for lesson, name in json.loads(progress_file().read_text())}
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def _remember(done: Exercise) -> None:
+    """Note a solved exercise. A verdict must not fail because the note cannot be written: then it says so."""
+    before = solved()
+    if (done.lesson, done.name) in before:
+        return
+    file = progress_file()
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(sorted(before | {(done.lesson, done.name)}), indent=1))
+        os.replace(partial, file)
+    except OSError as error:
+        print(f"(your progress could not be noted in {file}: {error.strerror or error})")
