@@ -92,7 +92,7 @@ def progress_file() -> Path:
 
 
 def solved() -> set[tuple[str, str]]:
-    """(lesson, name) of each exercise that has been solved. A file that is damaged or cannot be read counts as empty."""
+    """(lesson, name) of each exercise that has been solved. A file that cannot be understood counts as empty."""
     try:
         return {(lesson, name) for lesson, name in json.loads(progress_file().read_text())}
     except (OSError, ValueError, TypeError):
