@@ -194,10 +194,12 @@ class Arguments:
     Attributes:
         values: nested dict of the fields that were given.
         sections: name -> dataclass, filled.
+        in_files: top-level names that a file gave.
     """
 
     values: dict[str, Any]
     sections: dict[str, Any]
+    in_files: frozenset[str] = frozenset()
 
     def config(self, low: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
         """The configuration; `low` holds what was not given, before the defaults of `TrainConfig`."""
@@ -238,9 +240,9 @@ def parse_arguments(
     layer: dict[str, Any] = {}
     for file in files:
         layer = merge(layer, schema.check(read_layer(file), f"{file}: "))
-    layer = merge(layer, line)
+    in_files, layer = frozenset(layer), merge(layer, line)
     filled = {name: _construct(cls, layer.get(name) or {}, f"{name}.") for name, cls in sections.items()}
-    return Arguments(layer, filled)
+    return Arguments(layer, filled, in_files)
 
 
 def _construct(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -53,7 +53,7 @@ class Watch:
         self.uniform = math.log(config.model.vocab_size)
         self.tolerance = 0.5 + 0.1 * self.uniform
         self.until = 100 + 2 * config.warmup
-        self.too_high = 0
+        self.too_high, self.last = 0, ""
 
     def look(self, entry: dict[str, Any]) -> None:
         """Take in the metrics of a step. Raises UserError where the run has diverged."""
@@ -61,12 +61,18 @@ class Watch:
             self._first(entry)
         if entry["step"] > self.until:
             return
-        self.too_high = self.too_high + 1 if entry["loss"] > 2 * self.uniform else 0
-        if self.too_high == 3:
+        if entry["loss"] > 2 * self.uniform:
+            self.last = f"{entry['loss']:.1f} at step {entry['step']}"
+            self.too_high = 3 if entry["loss"] > 10 * self.uniform else self.too_high + 1
+        elif not entry["skipped"]:  # what is not finite after a loss that was too high is no better
+            self.too_high = 0
+        elif self.too_high:
+            self.too_high += 1
+        if self.too_high >= 3:
             raise UserError(
-                f"the run diverges: the loss is {entry['loss']:.1f} at step {entry['step']}, and a model that knows "
-                f"nothing has {self.uniform:.2f}; lower lr (now {self.config.lr}), to a tenth to begin with, or "
-                f"lengthen warmup (now {self.config.warmup})"
+                f"the run diverges: the loss is {self.last}, and a model that knows nothing has {self.uniform:.2f}; "
+                f"lower lr (now {self.config.lr}), to a tenth to begin with, or lengthen warmup (now "
+                f"{self.config.warmup})"
             )
 
     def _first(self, entry: dict[str, Any]) -> None:
