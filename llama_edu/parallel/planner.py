@@ -688,6 +688,8 @@ class PlanSearch:
     @property
     def nearest(self) -> str:
         """The refusal for memory that lacks least, or else the most frequent reason."""
+        if not self.refused:
+            return "no way to write the number of GPUs as tp x cp x pp x dp agrees with what is given"
         short = [(float(r.split(" GB more")[0].split()[-1]), p, r) for p, r in self.refused if " GB more" in r]
         if not short:
             return Counter(reason for _, reason in self.refused).most_common(1)[0][0]
