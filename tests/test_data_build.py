@@ -201,9 +201,9 @@ def test_a_tokenizer_that_cannot_travel_is_told(tmp_path):
     with pytest.raises(
         UserError, match=r"Unsendable cannot be sent to another process \(I stay here\); give workers=0"
     ):
-        write_shards(TEXTS, Unsendable(), tmp_path / "out", workers=1)
+        write_shards(TEXTS, Unsendable(), tmp_path / "out", workers=1, shard_bytes=1000)
     hidden = SlowTokenizer(0.0)
     hidden.__class__ = type("Elsewhere", (SlowTokenizer,), {"__module__": "slow_tokenizer"})
     sys.modules["slow_tokenizer"].Elsewhere = type(hidden)
     with pytest.raises(UserError, match="not known in another process"):
-        write_shards(TEXTS, hidden, tmp_path / "out", workers=1)
+        write_shards(TEXTS, hidden, tmp_path / "out", workers=1, shard_bytes=1000)

@@ -33,7 +33,7 @@ def data(
         tokenizer: a tokenizer made with `llama-edu tokenize`, or any tiktoken rank file.
         out: folder of the shards.
         field: where a row of .jsonl, .parquet or a Hub data set has its text.
-        workers: processes that encode; one for each core when left out, 0 for none beside this one.
+        workers: processes that encode beside this one; when left out, one for every four cores.
         shard_mb: megabytes of text in a shard.
         check: a folder of tokens to verify byte by byte, or a .json, .toml or .yaml file with a mixture.
         seq_len: tokens in a sequence, for what --check tells of epochs.

@@ -53,7 +53,8 @@ def write_shards(
         documents: texts in a fixed order, as `read_documents` gives them; empty ones are left out.
         tokenizer: as for `write_tokens`. Each worker gets a copy of its own.
         out_dir: folder of the shards; new, empty, or left by a build of the same documents.
-        workers: processes that encode; 0 encodes in this one; None starts one for each core.
+        workers: processes that encode beside this one; 0: none. None: one for each core, or for every four cores where the
+            tokenizer encodes on several cores by itself, as `BPETokenizer` does.
         shard_bytes: UTF-8 bytes of text after which a shard is full.
         progress: show a progress bar with MB/s.
         total_bytes: of text, if known, for the time left.
@@ -71,7 +72,7 @@ def write_shards(
     out = Path(out_dir).expanduser()
     settings = {"version": VERSION, "shard_bytes": shard_bytes, "tokenizer_sha256": tokenizer_hash(tokenizer)}
     bar = tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None if progress else True)
-    with _claimed(out, settings), _Team(tokenizer, _cores() if workers is None else workers) as team, bar:
+    with _claimed(out, settings), _Team(tokenizer, _usual(tokenizer) if workers is None else workers) as team, bar:
         names, pending = [], deque()
 
         def finish() -> None:
@@ -253,6 +254,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _usual(tokenizer: Any) -> int:
+    """Workers that pay: a start costs seconds, and one process keeps about four cores busy if its tokenizer can."""
+    return _cores() // 4 if hasattr(tokenizer, "encode_corpus") else _cores()
+
+
 class _Worker:
     def __init__(self, tokenizer: bytes) -> None:
         command = [sys.executable, "-c", "from llama_edu.data.build import _work; _work()"]
@@ -284,10 +290,11 @@ class _Worker:
 
 
 class _Team:
-    """Workers, started when the first shard is to be written; `size` 0 writes in this process."""
+    """Workers. The first shard is written by this process, so that one that is alone need not wait for any to start."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
+        self.submitted = 0
         self.pool: ThreadPoolExecutor | None = None
         self.workers: list[_Worker] = []
         self.free: SimpleQueue[_Worker] = SimpleQueue()
@@ -311,18 +318,22 @@ class _Team:
     def submit(self, texts: list[str], folder: Path, hashes: dict[str, str], size: int) -> Any:
         """A future of the bytes of text that were written."""
         if self.pool is None:
-            self.pool = ThreadPoolExecutor(max(1, self.size))
-            if self.size:
-                sent = _pickled(self.tokenizer)
-                self.workers = [_Worker(sent) for _ in range(self.size)]
-                for worker in self.workers:
-                    self.free.put(worker)
+            self.pool = ThreadPoolExecutor(self.size + 1)
+        self.submitted += 1
+        if self.submitted == 1 or not self.size:
+            return self.pool.submit(self._do_here, texts, folder, hashes, size)
+        if not self.workers:
+            sent = _pickled(self.tokenizer)
+            self.workers = [_Worker(sent) for _ in range(self.size)]
+            for worker in self.workers:
+                self.free.put(worker)
         return self.pool.submit(self._do, texts, folder, hashes, size)
 
+    def _do_here(self, texts: list[str], folder: Path, hashes: dict[str, str], size: int) -> int:
+        _write_one(texts, self.tokenizer, folder, hashes)
+        return size
+
     def _do(self, texts: list[str], folder: Path, hashes: dict[str, str], size: int) -> int:
-        if not self.size:
-            _write_one(texts, self.tokenizer, folder, hashes)
-            return size
         worker = self.free.get()
         try:
             worker.do((texts, str(folder), hashes))
