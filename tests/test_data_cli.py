@@ -41,11 +41,23 @@ def test_a_mixture_is_told_with_its_epochs(place, capsys):
     assert "640 sequences of 16" in said and "a: 480 sequences, 75.00 % of".replace(" %", "%") in said
 
 
+def test_a_share_is_held_out_and_the_rest_is_for_training(place, capsys):
+    source, model, out = str(place / "rows.jsonl"), place / "tokenizer.model", place / "divided"
+    data(source, tokenizer=model, out=out, field="body", workers=0, held_out=0.1)
+    train, val, whole = (open_tokens(part) for part in (out / "train", out / "val", place / "one"))
+    assert train.n_documents + val.n_documents == 300 and 10 < val.n_documents < 60
+    assert train.n_tokens + val.n_tokens == whole.n_tokens
+    with pytest.raises(UserError, match=r"no document of .* falls into a share"):
+        data(source, tokenizer=model, out=place / "none", field="body", held_out=1e-9)
+    with pytest.raises(UserError, match="--held-out is 1;"):
+        data(source, tokenizer=model, out=place / "none", field="body", held_out=1.0)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({}, "give one of SOURCE"),
-        ({"source": "builtin", "check": "x"}, "give one of SOURCE"),
+        ({}, "give one of --source SOURCE"),
+        ({"source": "builtin", "check": "x"}, "give one of --source SOURCE"),
         ({"source": "builtin"}, "give --tokenizer"),
         ({"check": "nowhere"}, "there is no folder"),
         ({"check": "nowhere.toml"}, "cannot be read"),

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from llama_edu.data.build import write_shards
     from llama_edu.data.mixture import Mixture
     from llama_edu.data.packing import PackedSequences, best_fit
-    from llama_edu.data.sources import BUILTIN, Document, Split, held_out, read_documents
+    from llama_edu.data.sources import BUILTIN, Document, Split, held_out, put_aside, read_documents
     from llama_edu.data.stream import TokenStream, open_stream, open_tokens, read_ahead
     from llama_edu.data.tokens import (
         Batch,
@@ -37,6 +37,7 @@ __all__ = [
     "held_out",
     "open_stream",
     "open_tokens",
+    "put_aside",
     "read_ahead",
     "read_documents",
     "sequential_batches",
@@ -51,7 +52,7 @@ __getattr__, __dir__ = lazy(
         "build": ("write_shards",),
         "mixture": ("Mixture",),
         "packing": ("PackedSequences", "best_fit"),
-        "sources": ("BUILTIN", "Document", "Split", "held_out", "read_documents"),
+        "sources": ("BUILTIN", "Document", "Split", "held_out", "put_aside", "read_documents"),
         "stream": ("TokenStream", "open_stream", "open_tokens", "read_ahead"),
         "tokens": (
             "Batch",

@@ -53,8 +53,8 @@ def write_shards(
         documents: texts in a fixed order, as `read_documents` gives them; empty ones are left out.
         tokenizer: as for `write_tokens`. Each worker gets a copy of its own.
         out_dir: folder of the shards; new, empty, or left by a build of the same documents.
-        workers: processes that encode beside this one; 0: none. None: one for each core, or for every four cores where the
-            tokenizer encodes on several cores by itself, as `BPETokenizer` does.
+        workers: processes that encode beside this one; 0: none. None: one for each core, or for every four cores where
+            the tokenizer encodes on several cores by itself, as `BPETokenizer` does.
         shard_bytes: UTF-8 bytes of text after which a shard is full.
         progress: show a progress bar with MB/s.
         total_bytes: of text, if known, for the time left.

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from llama_edu.errors import UserError
 
-__all__ = ["BUILTIN", "Document", "Split", "held_out", "read_documents"]
+__all__ = ["BUILTIN", "Document", "Split", "held_out", "put_aside", "read_documents"]
 
 BUILTIN = "builtin"
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
@@ -97,9 +97,8 @@ def held_out(documents: Iterable[Document], *, fraction: float = 0.05, max_bytes
             train.append(Document(document.text[:cut], document.name))
             aside.append(Document(document.text[cut:], document.name))
             continue
-        digest = hashlib.blake2b(document.name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         length = len(document.text.encode())
-        if int.from_bytes(digest, "big") < fraction * 2**64 and size + length <= max_bytes:
+        if put_aside(document, fraction) and size + length <= max_bytes:
             aside.append(document)
             size += length
         else:
@@ -112,6 +111,15 @@ def held_out(documents: Iterable[Document], *, fraction: float = 0.05, max_bytes
             "for testing; give it more text"
         )
     return Split(train, aside)
+
+
+def put_aside(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to the share for testing: by a hash of its name, so always the same ones.
+
+    For a corpus too large for `held_out`: read it twice, once for those that do and once for those that do not.
+    """
+    digest = hashlib.blake2b(document.name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _builtin() -> Iterator[Document]:
