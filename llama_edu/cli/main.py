@@ -15,6 +15,7 @@ VERBS = {
     "tokenize": ("llama_edu.cli.tokenize", "tokenize", "train a tokenizer, or show how one cuts a text"),
     "train": ("llama_edu.cli.train", "train_model", "train a model on your text, or go on with one"),
     "generate": ("llama_edu.cli.generate", "generate_text", "continue a prompt with a saved model"),
+    "chat": ("llama_edu.cli.chat", "chat", "talk with a saved model"),
     "convert": ("llama_edu.cli.convert", "convert", "between the Hugging Face and the Meta layout of weights"),
     "scaling": ("llama_edu.cli.scaling", "scaling", "fit scaling laws to a table of runs"),
     "exercises": ("llama_edu.cli.exercises", "exercises", "what there is to solve, and what you have solved"),
