@@ -5,19 +5,23 @@ The driver imports torch once and computes nothing itself: a fork after that is 
 
 import hashlib
 import json
+import math
 import os
 import random
 import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from llama_edu.config import LlamaConfig
+from llama_edu.data import open_stream
 from llama_edu.errors import UserError
 from llama_edu.training.checkpoint import checkpoints, newest_checkpoint
+from llama_edu.training.engine import Engine
 from llama_edu.training.loop import TrainConfig, train
 
 STEPS = 60
@@ -43,10 +47,25 @@ def config(folder: Path, name: str, **changes) -> TrainConfig:
     return TrainConfig(**fields | changes)
 
 
-def run(cfg: TrainConfig, on_step=None, outcome: Path | None = None) -> None:
+class Poisoned(Engine):
+    """Where all sequences of a batch are bad, loss and gradient are not finite."""
+
+    def __init__(self, bad: set[bytes]) -> None:
+        self.bad = bad
+
+    def backward(self, model, batch, count, config, **kwargs):
+        loss = super().backward(model, batch, count, config, **kwargs)
+        if all(row.numpy().tobytes() in self.bad for row in batch.tokens):
+            for p in model.parameters():
+                p.grad.fill_(math.nan)
+            loss = loss * math.nan
+        return loss
+
+
+def run(cfg: TrainConfig, on_step=None, outcome: Path | None = None, engine: Engine | None = None) -> None:
     """Train, and write what came out: a hash of the weights, and every loss."""
     try:
-        result = train(cfg, on_step=on_step)
+        result = train(cfg, on_step=on_step, engine=engine)
     except UserError as error:
         outcome.write_text(json.dumps({"error": str(error)}))
         return
@@ -55,6 +74,7 @@ def run(cfg: TrainConfig, on_step=None, outcome: Path | None = None) -> None:
         digest.update(name.encode() + tensor.numpy().tobytes())
     steps = [(h["step"], h["loss"], h["grad_norm"], h["lr"], h.get("val_loss")) for h in result.history]
     found = {"weights": digest.hexdigest(), "steps": steps, "interrupted": result.interrupted, "step": result.step}
+    found |= {"skipped": result.skipped, "rewinds": result.rewinds}
     outcome.write_text(json.dumps(found))
 
 
@@ -75,8 +95,8 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def complete(cfg: TrainConfig, folder: Path) -> dict:
-    assert wait(fork(run, cfg, None, folder / "outcome.json")) == 0
+def complete(cfg: TrainConfig, folder: Path, engine: Engine | None = None) -> dict:
+    assert wait(fork(run, cfg, None, folder / "outcome.json", engine)) == 0
     return json.loads((folder / "outcome.json").read_text())
 
 
@@ -85,15 +105,13 @@ def lines(cfg: TrainConfig) -> list[int]:
     return [json.loads(line)["step"] for line in text.splitlines()]
 
 
-def kill(folder: Path) -> None:
-    """kill -9 twenty times: at random moments, and every second time as soon as a save has begun."""
-    expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
-    cfg, dice = config(folder, "killed"), random.Random(0)
-    saves = Path(cfg.out_dir) / "checkpoints"
-    cut = 0
-    for number in range(20):
+def kill_again_and_again(cfg: TrainConfig, folder: Path, kills: int, engine: Engine | None = None) -> int:
+    """kill -9 at random moments, and every second time as soon as a save has begun. Returns how many fell into one."""
+    dice, saves, cut = random.Random(0), Path(cfg.out_dir) / "checkpoints", 0
+    for number in range(kills):
         before = newest_checkpoint(saves)[0]
-        pid = fork(run, cfg, None, folder / "outcome.json")
+        other = replace(cfg, data_workers=number % 4)
+        pid = fork(run, other, None, folder / "outcome.json", engine)
         if number % 2:
             while not list(saves.glob(".step_*")) and newest_checkpoint(saves)[0] == before:
                 time.sleep(0.001)
@@ -104,16 +122,108 @@ def kill(folder: Path) -> None:
         assert wait(pid) == -signal.SIGKILL, "the run ended before it was killed: give it more steps"
         cut += bool(list(saves.glob(".step_*")))
         assert not newest_checkpoint(saves)[1], "what has the name of a checkpoint is whole"
-    assert cut >= 3, f"only {cut} of 20 kills fell into a save"
-    assert complete(cfg, folder) == expected
+    return cut
+
+
+def ends_as_in_peace(cfg: TrainConfig, folder: Path, expected: dict, engine: Engine | None = None) -> None:
+    assert complete(cfg, folder, engine) == expected
     assert lines(cfg) == list(range(1, cfg.steps + 1))
-    assert not list(saves.glob(".step_*"))
+    assert not list((Path(cfg.out_dir) / "checkpoints").glob(".step_*"))
+
+
+def kill(folder: Path) -> None:
+    """kill -9 twenty times, with another number of data workers each time."""
+    expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
+    cfg = config(folder, "killed")
+    cut = kill_again_and_again(cfg, folder, 20)
+    assert cut >= 3, f"only {cut} of 20 kills fell into a save"
+    ends_as_in_peace(cfg, folder, expected)
+
+
+def kill_async(folder: Path) -> None:
+    """The same while checkpoints are written in the background, the batch grows, and a mixture changes."""
+    mixture = {
+        "sources": {"one": str(folder / "train"), "two": str(folder / "val")},
+        "weights": {"one": 0.9, "two": 0.1},
+        "changes": [{"at": 4096, "weights": {"one": 0.4, "two": 0.6}}],
+    }
+    more = {"steps": 150, "train_data": mixture, "batch_ramp": ((2000, 6), (5000, 8)), "eval_every": 50}
+    expected = complete(config(folder, "left_in_peace", checkpoint_every=0, **more), folder)
+    cfg = config(folder, "killed", async_checkpoint=True, checkpoint_every=3, keep_every=30, **more)
+    cut = kill_again_and_again(cfg, folder, 20)
+    assert cut >= 3, f"only {cut} of 20 kills fell into a save"
+    ends_as_in_peace(cfg, folder, expected)
+    kept = [path.name for path in checkpoints(Path(cfg.out_dir) / "checkpoints")]
+    assert {f"step_{n:08d}" for n in (30, 60, 90, 120, 150)} <= set(kept), kept
+
+
+def rewind(folder: Path) -> None:
+    """Bad data: the run goes back to a checkpoint and on past it; killed at any moment, it takes the same way."""
+    rows = open_stream(str(folder / "train"), seq_len=16, seed=0).rows(88, 12).tokens
+    engine = Poisoned({row.numpy().tobytes() for row in rows})
+    more = {"checkpoint_every": 5, "max_skipped": 3, "async_checkpoint": True}
+    peace = config(folder, "left_in_peace", **more)
+    expected = complete(peace, folder, engine)
+    assert expected["rewinds"] == 1 and expected["skipped"] == 3, expected
+    cfg = config(folder, "killed", **more)
+    kill_again_and_again(cfg, folder, 12, engine)
+    ends_as_in_peace(cfg, folder, expected, engine)
+    told = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "checkpoint_seconds")}
+            for line in text
+        ]
+        for text in ((Path(c.out_dir) / "discarded.jsonl").read_text().splitlines() for c in (peace, cfg))
+    ]
+    assert told[0] == told[1] and [line["step"] for line in told[0]] == [21, 22, 23, 24, 25], told
+    assert [line["skipped"] for line in told[0]] == [False, False, True, True, True]
+    entry = json.loads((Path(cfg.out_dir) / "metrics.jsonl").read_text().splitlines()[20])
+    assert (entry["rewound_from"], entry["sequences_passed_over"], entry["rewinds"]) == (25, 20, 1), entry
+
+
+def truncate(path: Path) -> None:
+    file = next((path / "tensors").glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 100)
+
+
+def flip(path: Path) -> None:
+    file = next((path / "tensors").glob("*.distcp"))
+    with open(file, "r+b") as handle:
+        handle.seek(file.stat().st_size // 2)
+        byte = handle.read(1)[0]
+        handle.seek(-1, os.SEEK_CUR)
+        handle.write(bytes([byte ^ 1]))
+
+
+def lose_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def leave_partial(path: Path) -> None:
+    stale = path.with_name(f".step_{int(path.name[5:]) + 2:08d}.partial")
+    stale.mkdir()
+    (stale / "half").write_bytes(b"left by a killed save")
+
+
+def damaged(folder: Path) -> None:
+    """A run dies, its newest checkpoint is damaged, and it goes on from the one before."""
+    expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
+    for damage in (truncate, flip, lose_manifest, leave_partial):
+        cfg = config(folder, damage.__name__, checkpoint_every=10)
+
+        def die(entry, model):
+            if entry["step"] == 25:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert wait(fork(run, cfg, die, folder / "outcome.json")) == -signal.SIGKILL
+        damage(checkpoints(Path(cfg.out_dir) / "checkpoints")[-1])
+        ends_as_in_peace(cfg, folder, expected)
 
 
 def signals(folder: Path) -> None:
     """SIGINT and SIGTERM: saved, one line, exit 0; then to the end."""
     expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
-    cfg = config(folder, "stopped", checkpoint_every=0)
+    cfg = config(folder, "stopped", checkpoint_every=14, async_checkpoint=True, keep_last=9)
     for number in (signal.SIGINT, signal.SIGTERM):
         at = 15 if number == signal.SIGINT else 33
 
@@ -131,19 +241,21 @@ def signals(folder: Path) -> None:
 def full_disk(folder: Path) -> None:
     """No file may grow beyond a limit: the save fails in a sentence, and what was there goes on."""
     expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
-    cfg = config(folder, "full", checkpoint_every=10)
 
     def limit(entry, model):
         if entry["step"] == 25:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    assert wait(fork(run, cfg, limit, folder / "outcome.json")) == 0
-    error = json.loads((folder / "outcome.json").read_text())["error"]
-    assert "step 30 could not be written" in error and "too large" in error and "\n" not in error, error
-    kept = Path(cfg.out_dir) / "checkpoints"
-    assert sorted(p.name for p in kept.iterdir()) == ["step_00000010", "step_00000020"]
-    assert newest_checkpoint(kept)[0].name == "step_00000020"
-    assert complete(cfg, folder) == expected
+    for behind in (False, True):
+        cfg = config(folder, f"full_{behind}", checkpoint_every=10, async_checkpoint=behind)
+        assert wait(fork(run, cfg, limit, folder / "outcome.json")) == 0
+        error = json.loads((folder / "outcome.json").read_text())["error"]
+        assert "step 30 could not be written" in error and "too large" in error and "\n" not in error, error
+        kept = Path(cfg.out_dir) / "checkpoints"
+        assert sorted(p.name for p in kept.iterdir()) == ["step_00000010", "step_00000020"]
+        assert newest_checkpoint(kept)[0].name == "step_00000020"
+        assert lines(cfg)[-1] in ((30,), range(30, 41))[behind]  # behind the run's back: told a few steps later
+        assert complete(cfg, folder) == expected
 
 
 if __name__ == "__main__":

@@ -3,11 +3,8 @@
 import copy
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,27 +396,6 @@ def test_two_runs_do_not_share_a_folder(config):
 
     with pytest.raises(Crash):
         train(config, on_step=second)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["kill", "signals", "full_disk"])
-def test_for_real(corpus, tmp_path, case):
-    """In processes of their own: kill -9 twenty times, SIGINT and SIGTERM, a file size limit. See crash_driver.py."""
-    for name in ("train", "val"):
-        (tmp_path / name).symlink_to(corpus / name)
-    driver = Path(__file__).with_name("crash_driver.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", driver, case, tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
-    assert len(said) == (2 if case == "signals" else 0), said
-    assert all(line.startswith("interrupted after step") for line in said)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
