@@ -1,4 +1,4 @@
-"""Checks for the exercises of lesson 31: the target shift, the loss of a batch in parts, the schedule, AdamW."""
+"""Checks for the exercises of lesson 31: targets, loss, schedule, AdamW, decay, chunks, utilisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from torch import Tensor
 
 from llama_edu.exercises import exercise
 
-__all__ = ["check_adamw", "check_batch_loss", "check_inputs_and_targets", "check_warmup_cosine"]
+__all__ = [
+    "check_adamw",
+    "check_batch_loss",
+    "check_chunk_gradients",
+    "check_inputs_and_targets",
+    "check_split_decay",
+    "check_utilisation",
+    "check_warmup_cosine",
+]
 
 
 @exercise(lesson="31_training", level=1, minutes=5)
@@ -167,4 +175,101 @@ def check_adamw(attempt) -> str | None:
                 return diagnosis
         name = next(n for n, a, b in zip("wmv", answer, right) if a.shape != b.shape or not torch.allclose(a, b))
         return f"For {kind}, the new {name} is not what the formulas give; compare with `adamw_step` of the lesson."
+    return None
+
+
+@exercise(lesson="31_training", level=1, minutes=5)
+def check_split_decay(attempt) -> str | None:
+    shapes = {
+        "tok_embeddings.weight": (100, 8),
+        "layers.0.attention.wq.weight": (8, 8),
+        "layers.0.feed_forward.w2.weight": (8, 24),
+        "layers.0.attention_norm.weight": (8,),
+        "layers.0.ffn_norm.weight": (8,),
+        "norm.weight": (8,),
+    }
+    right = [name for name, shape in shapes.items() if len(shape) == 2]
+    answer = attempt(dict(shapes))
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
+        return "Return two lists of names: those that decay, then those that do not."
+    decays, others = map(list, answer)
+    if sorted(decays + others) != sorted(shapes):
+        return "Every name belongs into exactly one of the two lists."
+    norms = sorted(set(shapes) - set(right))
+    if sorted(decays) == norms:
+        return "The lists are swapped: you let the norms decay and nothing else."
+    if sorted(decays) == sorted(shapes):
+        return "You let everything decay. The weights of norms are scales around 1: a pull towards 0 breaks them."
+    if sorted(decays) == sorted(set(right) - {"tok_embeddings.weight"}):
+        return "You left the embeddings out: some recipes do, ours lets them decay with the matrices."
+    if set(right) < set(decays):
+        wrong = sorted(set(decays) & set(norms))
+        return f"{wrong[0]} is a vector and must not decay: not every norm has the same name, so look at the shape."
+    if sorted(decays) != sorted(right):
+        missing = sorted(set(right) - set(decays))
+        return f"{missing[0]} is a matrix and must decay."
+    if attempt({"a_norm_of_matrices": (2, 2)})[0] != ["a_norm_of_matrices"]:
+        return "You went by names. A matrix decays whatever it is called: count the axes."
+    return None
+
+
+@exercise(lesson="31_training", level=2, minutes=10)
+def check_chunk_gradients(attempt) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([3, 0, 6, 3, 1])
+    answer = attempt(hidden.clone(), weight.clone(), targets.clone())
+    if not (isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(t, Tensor) for t in answer)):
+        return "Return two tensors: the gradient of hidden, then that of weight."
+    p, hot = (hidden @ weight.T).softmax(1), torch.nn.functional.one_hot(targets, 7)
+    both = lambda g: (g @ weight, g.T @ hidden)
+    right = both(p - hot)
+    close = lambda xs, ys: all(x.shape == y.shape and torch.allclose(x, y.to(x.dtype)) for x, y in zip(xs, ys))
+    if close(answer, right):
+        return None
+    wrong = {
+        "That is the gradient of the mean; the chunks can be added only when each is a sum.": both((p - hot) / 5),
+        "The sign is turned round: the gradient of a score is softmax minus one at the target.": both(hot - p),
+        "You forgot to take 1 away at the target: this pushes every score down.": both(p),
+        "You took the scores for probabilities: there is no softmax.": both(hidden @ weight.T - hot),
+        "The softmax ran over the rows: each row sums to 1 over the vocabulary.": (
+            both((hidden @ weight.T).softmax(0) - hot)
+        ),
+        "The two gradients are swapped.": right[::-1],
+    }
+    for diagnosis, value in wrong.items():
+        if close(answer, value):
+            return diagnosis
+    if close(answer[:1], right[:1]):
+        return (
+            "The gradient of hidden is right; that of weight is g.T @ hidden, one row for each token of the vocabulary."
+        )
+    if close(answer[1:], right[1:]):
+        return "The gradient of weight is right; that of hidden is g @ weight."
+    return "With g = softmax(scores), minus 1 at the target: hidden gets g @ weight, weight gets g.T @ hidden."
+
+
+@exercise(lesson="31_training", level=1, minutes=5)
+def check_utilisation(attempt) -> str | None:
+    parameters, speed, peak = 65e9, 380.0, 312e12
+    answer, unit = float(attempt(parameters, speed, peak)), parameters * speed / peak
+    wrong = {
+        "You counted the forward pass alone: the backward pass is twice as much again, 6 FLOPs in all.": 2,
+        "You counted one FLOP a parameter: a multiplication and an addition are two.": 3,
+        "You counted the recomputed forward pass. The hardware does it, but it is no work of the model: 6, not 8.": 8,
+        "You counted the backward pass alone.": 4,
+        "You forgot that a parameter takes part in more than one operation a token.": 1,
+    }
+    for diagnosis, factor in wrong.items():
+        if math.isclose(answer, factor * unit, rel_tol=1e-6):
+            return diagnosis
+    if math.isclose(answer, 1 / (6 * unit), rel_tol=1e-6):
+        return "Upside down: what is used stands above what is there."
+    if math.isclose(answer, 600 * unit, rel_tol=1e-6):
+        return "That is in percent: give the share, between 0 and 1."
+    if not math.isclose(answer, 6 * unit, rel_tol=1e-6):
+        return (
+            f"For 65e9 parameters, 380 tokens a second and 312e12 FLOP/s it is {6 * unit:.3f}; yours is {answer:.3f}."
+        )
     return None

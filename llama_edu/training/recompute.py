@@ -7,7 +7,6 @@ __all__ = ['recompute']
 __doc__ = "Activation checkpointing: what the backward pass needs is computed again instead of kept."
 
 from functools import partial
-from typing import Literal
 
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -24,7 +23,7 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute(model: nn.Module, mode: Literal["none", "selective", "full"]) -> nn.Module:
+def recompute(model: nn.Module, mode: str) -> nn.Module:
     """Choose what each layer of a model keeps for the backward pass. Changes memory and time, no result.
 
     Names of parameters and the state dict stay as they are; apply it before compiling and before sharding.

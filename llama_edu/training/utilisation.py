@@ -11,7 +11,6 @@ import time
 import torch
 
 from ..config import LlamaConfig
-from ..errors import UserError
 
 # Dense bfloat16 products, FLOP/s, from the makers' data sheets.
 PUBLISHED_PEAKS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12, "B200": 2250e12, "MI300X": 1307.4e12}
@@ -69,6 +68,4 @@ def mfu(cfg: LlamaConfig, tokens_per_second: float, *, seq_len: int, peak: float
 
     Source: Chowdhery et al., arXiv 2204.02311, appendix B.
     """
-    if peak <= 0:
-        raise UserError(f"peak is {peak} FLOP/s; it must be positive")
     return tokens_per_second * cfg.train_flops(1, seq_len=seq_len, convention="exact") / peak

@@ -1,10 +1,23 @@
 """Wrong answers that readers give to the exercises of lesson 31, and the words by which the checks must name them."""
 
-from llama_edu.exercises.training import check_adamw, check_batch_loss, check_inputs_and_targets, check_warmup_cosine
+from llama_edu.exercises.training import (
+    check_adamw,
+    check_batch_loss,
+    check_chunk_gradients,
+    check_inputs_and_targets,
+    check_split_decay,
+    check_utilisation,
+    check_warmup_cosine,
+)
 
 _SHIFT = "def inputs_and_targets(window):\n    return "
 _LOSS = "def batch_loss(means, counts):\n    return "
 _RATE = "import math\ndef warmup_cosine(step, peak, final, warmup, steps):\n"
+_SPLIT = "def split_decay(shapes):\n    decays = "
+_REST = "\n    return decays, [name for name in shapes if name not in decays]"
+_CHUNK = "def chunk_gradients(hidden, weight, targets):\n    g = (hidden @ weight.T).softmax(1)\n"
+_MINUS = _CHUNK + "    g[range(len(targets)), targets] -= 1\n"
+_USE = "def utilisation(parameters, speed, peak):\n    return "
 _CLIMB = _RATE + "    if step < warmup:\n        return peak * step / warmup\n"
 
 
@@ -67,4 +80,26 @@ MISTAKES = [
     (check_adamw, _adamw(size="v_hat + eps"), "not by its root"),
     (check_adamw, _adamw(shrink="1 - decay * (w.ndim >= 2)"), "lacks the learning rate"),
     (check_adamw, _adamw(square="g.abs()"), "squared gradient"),
+    (check_split_decay, _SPLIT + "list(shapes)" + _REST, "everything decay"),
+    (check_split_decay, _SPLIT + "[n for n, s in shapes.items() if len(s) == 1]" + _REST, "swapped"),
+    (
+        check_split_decay,
+        _SPLIT + "[n for n in shapes if '.norm' not in n and 'ffn_norm' not in n and n != 'norm.weight']" + _REST,
+        "is a vector",
+    ),
+    (
+        check_split_decay,
+        _SPLIT + "[n for n, s in shapes.items() if len(s) > 1 and 'emb' not in n]" + _REST,
+        "embeddings",
+    ),
+    (check_split_decay, _SPLIT + "[n for n in shapes if 'norm' not in n]" + _REST, "by names"),
+    (check_chunk_gradients, _CHUNK + "    return g @ weight, g.T @ hidden", "at the target"),
+    (check_chunk_gradients, _MINUS + "    return g @ weight / len(g), g.T @ hidden / len(g)", "of the mean"),
+    (check_chunk_gradients, _MINUS + "    return -g @ weight, -g.T @ hidden", "turned round"),
+    (check_chunk_gradients, _MINUS.replace("softmax(1)", "softmax(0)") + "    return g @ weight, g.T @ hidden", "rows"),
+    (check_chunk_gradients, _MINUS + "    return g @ weight, hidden.T @ g", "hidden is right"),
+    (check_utilisation, _USE + "2 * parameters * speed / peak", "forward pass alone"),
+    (check_utilisation, _USE + "8 * parameters * speed / peak", "6, not 8"),
+    (check_utilisation, _USE + "peak / (6 * parameters * speed)", "Upside down"),
+    (check_utilisation, _USE + "600 * parameters * speed / peak", "percent"),
 ]

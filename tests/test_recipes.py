@@ -1,0 +1,81 @@
+"""Published recipes, the ramp of the batch, and utilisation."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_edu import LlamaConfig
+from llama_edu.errors import UserError
+from llama_edu.training import batch_size_at, measured_peak, mfu, published_peak, steps_for
+from llama_edu.training.recipes import RECIPES, recipe
+
+WHERE = {"train_data": "shards", "out_dir": "run"}
+COMPLETE = [name for name, r in RECIPES.items() if None not in (r.lr, r.min_lr_ratio, r.warmup, r.batch_tokens)]
+
+
+def test_every_name_is_a_preset_and_has_a_source():
+    assert {r.model for r in RECIPES.values()} <= set(LlamaConfig.preset_names())
+    assert all(r.source and (r.tokens or r.steps) for r in RECIPES.values())
+    assert len(COMPLETE) == 13
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_recipes_need_nothing_else(name):
+    config, known = recipe(name, **WHERE), RECIPES[name]
+    assert config.batch_size * config.seq_len == known.batch_tokens
+    if known.steps is None:
+        assert 0 <= config.steps * known.batch_tokens - known.tokens < known.batch_tokens
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in COMPLETE])
+def test_unpublished_values_are_asked_for_and_then_enough(name):
+    with pytest.raises(UserError, match="not published in full"):
+        recipe(name, **WHERE)
+    given = {"lr": 1e-4, "min_lr_ratio": 0.1, "warmup": 100, "schedule": "cosine", "seq_len": 4096, "batch_size": 8}
+    config = recipe(name, **WHERE, **given)
+    assert config.lr == 1e-4
+    assert config.steps * config.batch_size * config.seq_len >= (RECIPES[name].tokens or 0)
+
+
+def test_printed_values():
+    one, two = recipe("llama-1-65b", **WHERE), recipe("llama-2-70b", **WHERE)
+    assert (one.lr, one.seq_len, one.warmup, one.min_lr_ratio, one.schedule) == (1.5e-4, 2048, 2000, 0.1, "cosine")
+    assert (two.lr, two.seq_len, two.eps, two.betas, two.weight_decay, two.clip) == (
+        1.5e-4, 4096, 1e-5, (0.9, 0.95), 0.1, 1.0,
+    )  # fmt: skip
+    big = recipe("llama-3.1-405b", **WHERE)
+    assert (big.lr, big.lr * big.min_lr_ratio, big.warmup, big.steps) == (8e-5, pytest.approx(8e-7), 8000, 1_200_000)
+    sizes = [batch_size_at(t, big.batch_size, big.batch_ramp) * big.seq_len for t in (0, 252_000_000, 2_870_000_000_000)]
+    assert sizes == [2**22, 2**23, 2**24]
+
+
+def test_changes_win_and_the_batch_follows_the_sequence():
+    config = recipe("llama-2-7b", **WHERE, seq_len=1024, lr=1e-3, steps=7, warmup=2)
+    assert (config.lr, config.steps, config.batch_size) == (1e-3, 7, 4096)
+
+
+def test_unknown_recipe():
+    with pytest.raises(UserError, match=r"no recipe is called 'llama-9'.*llama-2-7b"):
+        recipe("llama-9", **WHERE)
+
+
+@given(
+    st.integers(1, 5000), st.integers(1, 8), st.integers(1, 9),
+    st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 20)), max_size=3, unique_by=lambda pair: pair[0]),
+)  # fmt: skip
+def test_steps_of_a_ramp_are_those_of_a_loop(tokens, batch_size, seq_len, ramp):
+    ramp = sorted(ramp)
+    seen = steps = 0
+    while seen < tokens:
+        seen, steps = seen + batch_size_at(seen, batch_size, ramp) * seq_len, steps + 1
+    assert steps_for(tokens, batch_size, seq_len, ramp) == steps
+
+
+def test_utilisation():
+    cfg = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=97, max_seq_len=64)
+    per_token = cfg.train_flops(1, seq_len=64, convention="exact")
+    assert mfu(cfg, 100, seq_len=64, peak=200 * per_token) == pytest.approx(0.5)
+    assert published_peak("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert published_peak("Voodoo 2") is None
+    assert measured_peak("cpu", torch.float32, size=64, repeats=2) > 0
