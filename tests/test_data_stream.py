@@ -26,6 +26,7 @@ from llama_edu.data import (
     write_tokens,
 )
 from llama_edu.data.mixture import BLOCK, Mixture, reversed_below, reversed_bits
+from llama_edu.data.shuffle import shuffled
 from llama_edu.data.tokens import IGNORE
 from llama_edu.errors import UserError
 
@@ -220,6 +221,16 @@ def test_shares_stay_exact_far_away():
         assert sum(drawn.values()) == n
         assert all(abs(drawn[name] - n * w) < 10 for name, w in weights.items())
     assert mixture.epochs(1000)["a"] == mixture.drawn(1000)["a"] / 1000
+
+
+def test_the_order_of_today_is_the_order_of_tomorrow():
+    """A run is resumed by its number alone: another order in a later version would repeat and skip data unseen."""
+    assert shuffled(np.arange(10), 10, 0, 0).tolist() == [4, 8, 5, 6, 7, 9, 2, 0, 1, 3]
+    assert shuffled(np.arange(3), 10**6, 5, 7).tolist() == [481476, 701615, 848967]
+    mixture = Mixture({"a": Numbers(9), "b": Numbers(9)}, [(0, {"a": 0.75, "b": 0.25}), (100, {"a": 0.5, "b": 0.5})], 0)
+    which, number = mixture.draw(96, 10)
+    assert which.tolist() == [1, 0, 1, 1, 1, 1, 1, 0, 0, 1]
+    assert number.tolist() == [21, 75, 22, 23, 24, 25, 26, 76, 77, 27]
 
 
 def test_llama_1_epochs_follow_from_its_weights(corpus):

@@ -119,6 +119,25 @@ def test_tokenizers_are_told_apart():
     assert len({tokenizer_hash(t) for t in (BytesTokenizer(), other, swapped, Bare())}) == 4
 
 
+def test_ids_that_no_token_has_do_not_disturb_the_hash():
+    from llama_edu.tokenizer import BPETokenizer
+
+    ranks = {bytes([b]): b for b in range(256)}
+    near, far = (BPETokenizer(ranks, special_tokens={"<|end_of_text|>": i}) for i in (256, 300))
+    assert tokenizer_hash(near) != tokenizer_hash(far) == tokenizer_hash(far)
+
+
+def test_the_compiled_way_writes_what_encode_gives(tmp_path):
+    from llama_edu.tokenizer import BPETokenizer, Llama3Tokenizer
+
+    texts = ["a", "The mills stood still. " * 40, "\U0001f642 " * 30, "x" * 60_000, "  \n\n end"]
+    plain = BPETokenizer.train(texts, 300, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"])
+    for name, tokenizer in (("plain", plain), ("llama3", Llama3Tokenizer(plain.ranks))):
+        file = write_tokens(texts, tokenizer, tmp_path / name)
+        expected = [tokenizer.encode(text, bos=True, eos=True) for text in texts]
+        assert [file.tokens[a:b].tolist() for a, b in zip(file.documents[:-1], file.documents[1:])] == expected
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 2**40))
 def test_an_order_is_a_permutation(n, seed, epoch):
