@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from llama_edu.training.loop import train
     from llama_edu.training.loss import backward_batch, chunked_cross_entropy, next_token_loss
     from llama_edu.training.optimizer import decay_groups, make_optimizer
+    from llama_edu.training.recipes import RECIPES, recipe
     from llama_edu.training.report import write_report
     from llama_edu.training.result import TrainResult
-    from llama_edu.training.recipes import RECIPES, recipe
     from llama_edu.training.schedule import batch_size_at, learning_rate, steps_for
     from llama_edu.training.utilisation import has_bf16, measured_peak, mfu, published_peak
 
