@@ -76,6 +76,7 @@ def test_own_model_and_own_gpu(tmp_path, capsys):
         ({"pp": None, "tp": None, "batch_per_dp": 16}, "batch_per_dp needs all four degrees"),
         ({"tp": None, "cp": None, "pp": None, "gpus": 16}, "no plan fits; the nearest is tp 8"),
         ({"gpus": 0}, "gpus is 0"),
+        ({"kernel_efficiency": 2.0}, "kernel_efficiency is 2.0; it is a share of the peak"),
         ({"tp": -8}, "tp is -8"),
     ],
 )

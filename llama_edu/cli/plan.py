@@ -10,7 +10,7 @@ from typing import Literal
 
 from llama_edu.config import LlamaConfig
 from llama_edu.errors import UserError
-from llama_edu.parallel.planner import GPU, GPUS, ClusterReport, find_gpu, plan_cluster, search_plans
+from llama_edu.parallel.planner import GPU, GPUS, KERNEL_EFFICIENCY, ClusterReport, find_gpu, plan_cluster, search_plans
 
 
 def plan(
@@ -31,6 +31,7 @@ def plan(
     recompute: Literal["none", "selective", "full"] | None = None,
     zero: Literal[0, 1, 2, 3] | None = None,
     precision: Literal["bf16", "fp8"] = "bf16",
+    kernel_efficiency: float = KERNEL_EFFICIENCY,
     tokens: float | None = None,
     top: int = 5,
     json: bool = False,
@@ -58,6 +59,7 @@ def plan(
         recompute: what the backward pass computes again; selective for a given plan, all are tried in a search.
         zero: what is sharded over dp and cp; 2 for a given plan, 2 and 3 are tried in a search.
         precision: fp8 for the weight products of the blocks.
+        kernel_efficiency: share of the peak that matrix products reach; fitted on Llama 3's cluster if left out.
         tokens: training tokens: adds days, GPU hours and energy.
         top: plans to list after a search.
         json: print JSON in place of tables.
@@ -69,6 +71,7 @@ def plan(
         raise UserError("batch_tokens and batch_per_dp say the same in two ways: give one of them")
     degrees = complete({"tp": tp, "cp": cp, "pp": pp, "dp": dp}, gpus)
     stages = {"virtual_stages": virtual_stages, "trim_ends": trim_ends, "precision": precision}
+    stages["kernel_efficiency"] = kernel_efficiency
     if None not in degrees.values():
         share = batch_per_dp or sequences_per_replica(batch_tokens or 2**24, seq_len, degrees["dp"])
         report = plan_cluster(
