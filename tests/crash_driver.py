@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from llama_edu.config import LlamaConfig
 from llama_edu.data import open_stream
@@ -256,6 +257,112 @@ def full_disk(folder: Path) -> None:
         assert newest_checkpoint(kept)[0].name == "step_00000020"
         assert lines(cfg)[-1] in ((30,), range(30, 41))[behind]  # behind the run's back: told a few steps later
         assert complete(cfg, folder) == expected
+
+
+class Pair(Engine):
+    """Two processes, each with half of a batch and the whole model: the least that can disagree."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, meeting: Path, bad: int | None = None) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+        self.rank, self.bad = rank, bad
+        self.saving_group = dist.new_group(backend="gloo")
+
+    def share(self, first, count):
+        if count % 2:
+            raise UserError(f"batch_size {count} does not divide by the 2 ranks")
+        if self.rank == 1 and self.bad is not None and first >= self.bad:
+            raise UserError("the disk of the tokens is gone")
+        return first + self.rank * (count // 2), count // 2
+
+    def backward(self, model, batch, count, config, **kwargs):
+        loss = super().backward(model, batch, count, config, **kwargs)
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        return loss
+
+    def total(self, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    def any(self, flag):
+        return bool(self.total(torch.tensor(int(flag))))
+
+    def gather(self, value):
+        values = [None] * 2
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def barrier(self):
+        dist.barrier()
+
+
+def pair(cfg: TrainConfig, folder: Path, on_step=(None, None), kill_after: float | None = None, **how) -> list[dict]:
+    """Run on two ranks. Returns what came out on each."""
+    meeting = folder / f"meeting_{time.monotonic_ns()}"
+
+    def one(rank: int) -> None:
+        engine = Pair(rank, meeting, **how)
+        run(cfg, on_step[rank], folder / f"outcome_{rank}.json", engine)
+        engine.barrier()
+        dist.destroy_process_group()
+
+    pids = [fork(one, rank) for rank in range(2)]
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    codes = [wait(pid) for pid in pids]
+    if kill_after is not None:
+        assert codes == [-signal.SIGKILL] * 2, "the run ended before it was killed"
+        return []
+    assert codes == [0, 0], codes
+    return [json.loads((folder / f"outcome_{rank}.json").read_text()) for rank in range(2)]
+
+
+def ranks(folder: Path) -> None:
+    """Two processes agree: on what they compute, on signals, on errors of one, and on what they go on from."""
+    alone = complete(config(folder, "alone", checkpoint_every=0, steps=40), folder)
+    cfg = config(folder, "peace", checkpoint_every=0, steps=40)
+    expected = pair(cfg, folder)
+    assert expected[0]["weights"] == expected[1]["weights"]
+    assert expected[0]["steps"] == expected[1]["steps"]
+    assert all(abs(a[1] - b[1]) < 1e-3 for a, b in zip(alone["steps"], expected[0]["steps"]))
+    assert lines(cfg) == list(range(1, 41))
+
+    cfg = config(folder, "pair", checkpoint_every=3, steps=40, async_checkpoint=True)
+
+    def stop(entry, model):
+        if entry["step"] == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    found = pair(cfg, folder, (None, stop))  # only rank 1 hears it
+    assert all(one["interrupted"] and one["step"] == 10 for one in found), found
+    for number in range(4):
+        pair(cfg, folder, kill_after=0.5 + 0.1 * number)
+        assert not newest_checkpoint(Path(cfg.out_dir) / "checkpoints")[1]
+    found = pair(cfg, folder, bad=4 * 30)
+    assert found[1] == {"error": "the disk of the tokens is gone"}, found
+    assert found[0] == {"error": "rank 1: the disk of the tokens is gone"}, found
+    found = pair(cfg, folder)
+    assert [one["weights"] for one in found] == [one["weights"] for one in expected]
+    assert found[0]["steps"] == expected[0]["steps"] and lines(cfg) == list(range(1, 41))
+
+    found = pair(config(folder, "odd", batch_size=5), folder)
+    assert all(one == {"error": "batch_size 5 does not divide by the 2 ranks"} for one in found), found
+
+    def limit(entry, model):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    found = pair(config(folder, "full", checkpoint_every=5, async_checkpoint=True), folder, (limit, None))
+    assert all("step 5 could not be written" in one["error"] for one in found), found
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def crash_after(step):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["kill", "kill_async", "rewind", "signals", "full_disk", "damaged"])
+@pytest.mark.parametrize("case", ["kill", "kill_async", "rewind", "signals", "full_disk", "damaged", "ranks"])
 def test_for_real(corpus, tmp_path, case):
-    """kill -9 twenty times, during saves in the background too; SIGINT and SIGTERM; a file size limit; damaged files.
+    """kill -9 twenty times, in background saves too; signals; a file size limit; damaged files; two ranks that agree.
 
     See crash_driver.py.
     """
@@ -99,7 +99,12 @@ def test_for_real(corpus, tmp_path, case):
     )
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
-    begins = {"signals": ["interrupted after step"] * 2, "damaged": ["skipped "] * 3, "rewind": None}.get(case, [])
+    begins = {
+        "signals": ["interrupted after step"] * 2,
+        "damaged": ["skipped "] * 3,
+        "ranks": ["interrupted"],
+        "rewind": None,
+    }.get(case, [])
     if begins is None:  # once in peace, and again and again as the run is killed and comes to the same place
         assert said and all("back to step 20, and on without the 20 sequences" in line for line in said)
         return

@@ -15,8 +15,9 @@ from llama_edu.errors import UserError
 from llama_edu.tokenizer import BPETokenizer
 from llama_edu.training.config import Arguments, TrainConfig, parse_arguments
 from llama_edu.training.engine import Engine, agreed
-from llama_edu.training.loop import Sampler, train
+from llama_edu.training.loop import train
 from llama_edu.training.report import write_report
+from llama_edu.training.result import Sampler
 
 __all__ = ["SHORT", "Source", "run_command"]
 

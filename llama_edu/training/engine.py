@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llama_edu.data.tokens import Batch, TokenFile
 from llama_edu.errors import UserError
+from llama_edu.model.transformer import Transformer
 from llama_edu.training.evaluation import evaluate
 from llama_edu.training.loss import backward_batch
 from llama_edu.training.optimizer import make_optimizer
@@ -51,6 +52,10 @@ class Engine:
             return torch.device(wanted)
         except RuntimeError as error:
             raise UserError(f"device is {wanted!r}; it must be 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+
+    def build(self, config: TrainConfig) -> nn.Module:
+        """Fresh weights, the same on all ranks; every random generator has just been seeded with `config.seed`."""
+        return Transformer(config.model)
 
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
         """What is trained: the model moved, recomputing, compiled, divided. Called once, on all ranks.
@@ -119,6 +124,7 @@ class Engine:
             max_batches=max_batches,
             document_mask=config.document_mask,
             autocast=autocast,
+            chunk_size=config.loss_chunk or None,
             progress=progress,
         )
 

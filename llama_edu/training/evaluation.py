@@ -23,6 +23,7 @@ def evaluate(
     max_batches: int | None = None,
     document_mask: bool = False,
     autocast: bool = False,
+    chunk_size: int | None = None,
     progress: bool = False,
 ) -> float:
     """Mean loss in nats a token, each window of `seq_len` tokens read from its own start.
@@ -30,6 +31,7 @@ def evaluate(
     Args:
         max_batches: use only so many batches, spread evenly over the file; None reads all of it.
         autocast: run the matrix products in bfloat16.
+        chunk_size: positions whose scores exist at a time; None computes all of a batch at once.
         progress: show a progress bar.
     """
     from tqdm import tqdm
@@ -49,7 +51,8 @@ def evaluate(
     )
     for batch in bar:
         tokens, targets, documents = (t.to(device) for t in batch)
-        loss = next_token_loss(model, tokens, targets, documents if document_mask else None, autocast=autocast)
+        documents = documents if document_mask else None
+        loss = next_token_loss(model, tokens, targets, documents, autocast=autocast, chunk_size=chunk_size)
         total += loss.item()
         count += int((batch.targets != IGNORE).sum())
     model.train(was_training)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import nn
 from llama_edu.data.stream import TokenStream
 from llama_edu.data.tokens import IGNORE, Batch, TokenFile
 from llama_edu.errors import UserError
-from llama_edu.model.transformer import Transformer
 from llama_edu.training import checks
 from llama_edu.training.board import open_boards
 from llama_edu.training.checkpoint import (
@@ -40,44 +38,11 @@ from llama_edu.training.evaluation import bits_per_byte
 from llama_edu.training.metrics import Metrics
 from llama_edu.training.process import alone, own_randomness, say, stop_on_signal
 from llama_edu.training.reading import Reader
+from llama_edu.training.result import Sampler, TrainResult
 from llama_edu.training.schedule import batch_size_at, learning_rate
 from llama_edu.training.utilisation import has_bf16, measured_peak, mfu, published_peak
 
 __all__ = ["TrainResult", "train"]
-
-Sampler = Callable[[nn.Module, list[str]], list[str]]
-
-
-@dataclass
-class TrainResult:
-    """What a run ends with.
-
-    Attributes:
-        model: the trained model, in float32.
-        history: the lines of `metrics.jsonl`, one a step: step, tokens (seen so far), loss, lr, grad_norm, skipped,
-            tokens_per_second and, where there are any, val_loss, val_bits_per_byte, samples, mfu, checkpoint_seconds
-            (how long the save after the step before held this one up) and, after a rewind, rewound_from.
-        step: steps done.
-        interrupted: a signal ended the run early; the same call goes on.
-        resumed_from: the step of the checkpoint it went on from; 0 for a fresh run.
-        skipped: steps left out because loss or gradient was not finite.
-        rewinds: how often the run went back to a checkpoint because of them.
-        loss, val_loss: of the last step, nats a token; None where there is none.
-        bits_per_byte: of the whole validation text.
-        tokens_per_second: median over the steps.
-    """
-
-    model: nn.Module = field(repr=False)
-    history: list[dict[str, Any]] = field(repr=False)
-    step: int
-    interrupted: bool
-    resumed_from: int
-    skipped: int
-    rewinds: int = 0
-    loss: float | None = None
-    val_loss: float | None = None
-    bits_per_byte: float | None = None
-    tokens_per_second: float | None = None
 
 
 class _Run:
@@ -127,7 +92,7 @@ class _Run:
         path, notes = self.engine.broadcast([found[0] and str(found[0]), found[1]])
         for note in notes:
             self.tell(note)
-        if notes and path is None:
+        if notes and path is None and not good:
             self.tell("no checkpoint is whole: starting again from step 0")
         return path and Path(path)
 
@@ -417,7 +382,7 @@ def train(
         stack.enter_context(own_randomness(config.seed, device))
         stop = stack.enter_context(stop_on_signal())
         fresh = model is None
-        model = Transformer(config.model) if model is None else model
+        model = engine.build(config) if model is None else model
         model = engine.prepare(model if prepare is None else prepare(model), config)
         run = _Run(config, engine, model, stream, val_file, sampler, inform)
         run.resume()
