@@ -97,6 +97,26 @@ def test_blocks_that_run_out_send_the_youngest_back(model):  # noqa: F811
     assert free(batcher) == 6
 
 
+def test_a_request_waits_until_there_are_blocks_for_all_it_has_to_read(model):  # noqa: F811
+    batcher = ContinuousBatcher(model, n_blocks=6, block_size=2)
+    for start in (0, 20):
+        batcher.submit(TEXT[start : start + 8], max_new_tokens=2)
+    assert [n for n, _ in batcher.step()] == [0]
+    batcher.run()
+    assert batcher.counts["preemptions"] == 0
+
+
+def test_one_may_be_sent_back_in_the_middle_of_its_prompt(model):  # noqa: F811
+    batcher = ContinuousBatcher(model, n_blocks=7, block_size=2, read_at_once=2, together=0)
+    prompts = [TEXT[:2], TEXT[20:22], TEXT[30:40]]
+    for prompt, n in zip(prompts, (8, 8, 1)):
+        batcher.submit(prompt, max_new_tokens=n)
+    got = batcher.run()
+    assert batcher.requests[2].preempted == 1
+    assert [got[i] for i in range(3)] == [alone(model, p, max_new_tokens=n) for p, n in zip(prompts, (8, 8, 1))]
+    assert free(batcher) == 7
+
+
 def test_a_shared_beginning_is_read_once(model):  # noqa: F811
     counts = []
     for share in (True, False):
