@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from llama_edu._lazy import lazy
 
 if TYPE_CHECKING:
+    from llama_edu.parallel.dims import ParallelPlan, build_mesh
     from llama_edu.parallel.failures import daly_interval, effective_time, simulate, spares_needed, young_interval
+    from llama_edu.parallel.launch import RankError, run_ranks
     from llama_edu.parallel.planner import (
         GPU,
         GPUS,
@@ -23,10 +25,14 @@ __all__ = [
     "GPU",
     "GPUS",
     "ClusterReport",
+    "ParallelPlan",
     "PlanSearch",
+    "RankError",
+    "build_mesh",
     "daly_interval",
     "effective_time",
     "plan_cluster",
+    "run_ranks",
     "search_plans",
     "shard_shapes",
     "simulate",
@@ -37,7 +43,9 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "dims": ("ParallelPlan", "build_mesh"),
         "failures": ("daly_interval", "effective_time", "simulate", "spares_needed", "young_interval"),
+        "launch": ("RankError", "run_ranks"),
         "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
     },
 )

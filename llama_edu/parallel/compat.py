@@ -1,0 +1,40 @@
+"""The only place for names of torch that are private or differ between versions (2.11 to 2.13)."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+__all__ = ["flatten_mesh", "pair_mesh", "sum_gradients", "takes"]
+
+
+def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
+    """One axis made of several of a mesh, the first the outermost. Asked for again, the same is returned.
+
+    Every rank of the mesh must ask, in the same order: it makes process groups.
+    """
+    return mesh[axes]._flatten(name)
+
+
+def pair_mesh(mesh: DeviceMesh, axis: str, flattened: str) -> DeviceMesh:
+    """Two axes of a mesh, the second one that `flatten_mesh` made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        return mesh[axis, flattened]
+
+
+def sum_gradients(module: FSDPModule) -> None:
+    """Let the reduce-scatter of a `fully_shard` module add gradients instead of averaging them."""
+    if hasattr(module, "set_gradient_divide_factor"):
+        module.set_gradient_divide_factor(1.0)
+    else:
+        module.set_reduce_scatter_divide_factor(1.0)
+
+
+def takes(function: Any, name: str) -> bool:
+    """Whether a function of this torch has an argument of this name."""
+    return name in inspect.signature(function).parameters
