@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llama_edu._lazy import lazy
 
 if TYPE_CHECKING:
+    from llama_edu.parallel.cost import Link, collective_cost
     from llama_edu.parallel.dims import ParallelPlan, build_mesh
     from llama_edu.parallel.failures import daly_interval, effective_time, simulate, spares_needed, young_interval
     from llama_edu.parallel.launch import RankError, run_ranks
@@ -20,15 +21,20 @@ if TYPE_CHECKING:
         search_plans,
         shard_shapes,
     )
+    from llama_edu.parallel.simulated import Cluster, Ledger
 
 __all__ = [
     "GPU",
     "GPUS",
+    "Cluster",
     "ClusterReport",
+    "Ledger",
+    "Link",
     "ParallelPlan",
     "PlanSearch",
     "RankError",
     "build_mesh",
+    "collective_cost",
     "daly_interval",
     "effective_time",
     "plan_cluster",
@@ -43,9 +49,11 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "cost": ("Link", "collective_cost"),
         "dims": ("ParallelPlan", "build_mesh"),
         "failures": ("daly_interval", "effective_time", "simulate", "spares_needed", "young_interval"),
         "launch": ("RankError", "run_ranks"),
         "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
+        "simulated": ("Cluster", "Ledger"),
     },
 )
