@@ -200,6 +200,7 @@ GENERATE_MISTAKES = [
     (["the", "--prompt", "a"], "the text is given twice"),
     (["the", "--batch", "0"], "batch is 0"),
     (["the", "--seed", "-1"], "seed is -1"),
+    (["the", "--device", "abacus"], "there is no device 'abacus' on this machine"),
 ]
 
 

@@ -38,6 +38,7 @@ def chat(
     format: Literal["auto", "llama3", "plain"] = "auto",
     dtype: Dtype | None = None,
     cache: CacheDtype = "model",
+    device: str = "auto",
 ) -> int:
     """Talk with a model. What was said stays in the cache and is not read again.
 
@@ -58,6 +59,7 @@ def chat(
             first where the tokenizer has its special tokens.
         dtype: of the weights; by default as they were saved.
         cache: numbers in which keys and values are kept: the model's own, or fewer bits.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
     """
     options = sampling(temperature, top_k, top_p, min_p, 0.9)
     try:
@@ -66,7 +68,7 @@ def chat(
         raise UserError(str(error)) from None
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    folder = load(model, dtype)
+    folder = load(model, dtype, device)
     if context is not None and not 16 <= context <= folder.context:
         raise UserError(f"context is {context}; it must be from 16 to the model's own, {folder.context}")
     conversation = Conversation(

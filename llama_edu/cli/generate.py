@@ -33,6 +33,7 @@ def generate_text(
     batch: int = 16,
     dtype: Dtype | None = None,
     cache: CacheDtype = "model",
+    device: str = "auto",
 ) -> int:
     """Continue a prompt, printing text as it comes; or each line of standard input, printing a line for each.
 
@@ -52,6 +53,7 @@ def generate_text(
         batch: lines worked on at a time.
         dtype: of the weights; by default as they were saved.
         cache: numbers in which keys and values are kept: the model's own, or fewer bits.
+        device: "cpu", "cuda", "cuda:1"; "auto" takes a GPU where there is one.
     """
     if text is not None and prompt is not None:
         raise UserError("the text is given twice: once by itself, once with --prompt")
@@ -66,7 +68,7 @@ def generate_text(
         raise UserError(str(error)) from None
     text = prompt if text is None else text
     lines = [text] if text is not None else read_lines()
-    folder = load(model, dtype)
+    folder = load(model, dtype, device)
     if len(lines) == 1:
         return one(folder, lines[0], max_new_tokens, options, cache)
     return many(folder, lines, max_new_tokens, options, cache, batch)

@@ -37,16 +37,18 @@ class TextModel:
         return self.tokenizer.encode(text, bos=getattr(self.tokenizer, "bos_id", None) is not None)
 
 
-def load(folder: Path, dtype: Dtype | None = None) -> TextModel:
+def load(folder: Path, dtype: Dtype | None = None, device: str = "auto") -> TextModel:
     """Read a model folder in the layout of Hugging Face or of Meta, with tokenizer.json or tokenizer.model in it.
 
     Raises:
-        UserError: there is no such folder, it lacks a tokenizer, or the two do not belong together.
+        UserError: there is no such folder or device, it lacks a tokenizer, or the two do not belong together.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; --model takes the folder of a saved model")
+    where = find_device(device)
     tokenizer = load_tokenizer(folder)
-    network = Transformer.from_pretrained(folder, dtype=dtype and getattr(torch, dtype)).eval().requires_grad_(False)
+    network = Transformer.from_pretrained(folder, dtype=dtype and getattr(torch, dtype), device=where)
+    network = network.eval().requires_grad_(False)
     vocab_size = network.cfg.vocab_size
     if tokenizer.n_vocab > vocab_size:
         raise UserError(
@@ -54,6 +56,16 @@ def load(folder: Path, dtype: Dtype | None = None) -> TextModel:
             "belong together"
         )
     return TextModel(network, tokenizer, stops(network, tokenizer))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name. Raises UserError for one that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"there is no device {name!r} on this machine; --device takes cpu, cuda or auto") from None
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..config import LlamaConfig
-from .cache import new_numbers, read_numbers, write_numbers
+from .cache import dequantize_heads, new_numbers, write_numbers
 
 
 class OutOfBlocks(ValueError):
@@ -340,9 +340,15 @@ class PagedCache:
         staged = self._staged
         write_numbers(self.k, self.k_scale, (layer, staged.write), k.transpose(1, 2)[staged.new])
         write_numbers(self.v, self.v_scale, (layer, staged.write), v.transpose(1, 2)[staged.new])
-        at = (layer, staged.slots)
-        keys = read_numbers(self.k, self.k_scale, at, k.dtype)
-        return keys.transpose(1, 2), read_numbers(self.v, self.v_scale, at, v.dtype).transpose(1, 2)
+        return self._gather(layer, self.k, self.k_scale, k.dtype), self._gather(layer, self.v, self.v_scale, v.dtype)
+
+    def _gather(self, layer: int, data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """One layer's numbers of the rows, brought together: (batch, kv_heads, keys, head_dim)."""
+        slots = self._staged.slots
+        at = slots.flatten()  # index_select copies whole vectors; data[layer, slots] takes twice as long
+        x = data[layer].index_select(0, at)
+        x = x.to(dtype) if scale is None else dequantize_heads(x, scale[layer].index_select(0, at), dtype)
+        return x.view(*slots.shape, *x.shape[1:]).transpose(1, 2)
 
     def advance(self, seq: int) -> None:
         """Count the tokens read as stored; blocks that became full can be shared from now on."""
