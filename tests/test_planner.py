@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llama_edu.parallel
 from llama_edu import LlamaConfig
 from llama_edu.errors import UserError
 from llama_edu.parallel.planner import (
@@ -157,6 +158,42 @@ def test_shards_are_those_of_pytorchs_engine_on_16384_ranks(row, ranks):
             assert memory["optimiser"] == 12 * sum(math.prod(shape) for shape in shapes.values())
 
 
+# The same through `parallelize`, where it exists.
+PARALLELIZE = """
+import json, sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from llama_edu import LlamaConfig, Transformer
+from llama_edu.parallel import ParallelPlan, build_mesh, parallelize
+from llama_edu.parallel.planner import rank_of
+
+sizes, at, cut = json.loads(sys.argv[1])
+plan = ParallelPlan(**sizes, **cut)
+dist.init_process_group("fake", store=FakeStore(), rank=rank_of(at, **sizes), world_size=plan.world_size)
+mesh = build_mesh(plan)
+with torch.device("meta"):
+    model = Transformer(LlamaConfig.preset("llama-3.1-405b"))
+model = parallelize(model, mesh, plan)
+print(json.dumps({n: list(getattr(p, "to_local", lambda: p)().shape) for n, p in model.named_parameters()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("parallelize" not in llama_edu.parallel.__all__, reason="llama_edu.parallel has no parallelize yet")
+@pytest.mark.parametrize(
+    "sizes, at, cut",
+    [
+        ({"tp": 8, "cp": 16, "pp": 1, "dp": 128}, {"tp": 5, "cp": 3, "dp": 127}, {}),
+        ({"tp": 8, "cp": 1, "pp": 16, "dp": 128}, {"tp": 7, "pp": 15, "dp": 64}, {}),
+    ],
+)
+def test_parallelize_gives_the_shards_that_are_planned(sizes, at, cut):
+    arguments = json.dumps([sizes, at, cut])
+    done = subprocess.run([sys.executable, "-c", PARALLELIZE, arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shapes = {name: tuple(shape) for name, shape in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert shapes == shard_shapes(LARGE, at, **sizes)
+
+
 # One layer and two under tensor and sequence parallelism: the difference is what a layer sends.
 COLLECTIVES = """
 import json, torch, torch.distributed as dist
@@ -297,7 +334,8 @@ def test_better_gpus_are_better():
 @pytest.mark.parametrize("name", LlamaConfig.preset_names())
 def test_every_member_of_the_family_has_a_plan(name):
     cfg = LlamaConfig.preset(name)
-    found = search_plans(cfg, gpus=512, seq_len=2048, batch_tokens=2**21, micro_batches=(1,), zero=(2,))
+    few = {"micro_batches": (1,), "zero": (2,), "recompute": ("selective",)}
+    found = search_plans(cfg, gpus=512, seq_len=2048, batch_tokens=2**21, **few)
     assert found.best.fits and 0.2 < found.best.mfu < 0.56
     assert found.plans == sorted(found.plans, key=lambda r: (r.step_seconds, r.memory_bytes))
     assert all(r.fits and r.plan.gpus == 512 and r.plan.tokens == 2**21 for r in found.plans)
@@ -318,9 +356,8 @@ def test_search_keeps_to_what_is_given_and_says_why_others_fail():
 
 
 def test_non_powers_of_two_are_planned_too():
-    found = search_plans(
-        LlamaConfig.preset("llama-2-13b"), gpus=120, seq_len=4096, batch_tokens=4096 * 120 * 4, gpu="a100"
-    )
+    size = {"seq_len": 4096, "batch_tokens": 4096 * 120 * 4, "micro_batches": (1,), "zero": (2,)}
+    found = search_plans(LlamaConfig.preset("llama-2-13b"), gpus=120, gpu="a100", **size)
     assert found.best.fits and {r.plan.gpus for r in found.plans} == {120}
 
 
@@ -336,6 +373,10 @@ def test_non_powers_of_two_are_planned_too():
         ({"micro_batch": 3}, "does not divide by micro_batch 3"),
         ({"pp": 0}, "pp is 0"),
         ({"pp": 1, "dp": 2048, "virtual_stages": 2}, "needs a pipeline"),
+        (
+            {"cfg": LlamaConfig.preset("llama-3.2-1b"), "tp": 1, "pp": 2, "dp": 8192},
+            "embedding is the output matrix too",
+        ),
         ({"zero": 4}, "stages are 0, 1, 2 and 3"),
         ({"kernel_efficiency": 1.5}, "share of the peak"),
         ({"precision": "fp8", "gpu": "a100"}, "no 8-bit products"),
@@ -343,8 +384,9 @@ def test_non_powers_of_two_are_planned_too():
     ],
 )
 def test_impossible_plans_are_refused_in_a_sentence(change, words):
+    arguments = {"cfg": LARGE, **ROWS[1][0], **change}
     with pytest.raises(UserError, match=words):
-        plan_cluster(LARGE, **{**ROWS[1][0], **change})
+        plan_cluster(arguments.pop("cfg"), **arguments)
 
 
 def test_gpus_have_sources_and_are_found_by_name():
