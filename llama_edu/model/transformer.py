@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         document_ids: Int[Tensor, "batch seq"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Scores of the next token at every position, float32.
+        """Scores of the next token at every position, float32 at least.
 
         Args:
             tokens: ids; for a pipeline stage without embedding, the residual stream of the stage before.
@@ -154,7 +154,10 @@ class Transformer(nn.Module):
             ValueError: the sequence is longer than `cfg.max_seq_len`, or `document_ids` come with a cache.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, cache=cache)
-        return x if self.output is None else self.output(x).float()
+        if self.output is None:
+            return x
+        scores = self.output(x)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     @classmethod
     def from_pretrained(
