@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_edu import KVCache, generate
-from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, load, sampling
+from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, sampling
 from llama_edu.errors import UserError
 from llama_edu.generation import Sampler
 from llama_edu.tokenizer import ChatFormat
@@ -321,7 +321,7 @@ class Conversation:
         except ValueError as error:
             self.turns.remove(turn)
             self._cut(len(self.ids))
-            raise UserError(str(error)) from None
+            raise UserError(for_one(str(error))) from None
 
     def _answer(self, turn: Turn) -> Iterator[str]:
         self.count += 1

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from llama_edu import generate
-from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, load, sampling
+from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, sampling
 from llama_edu.errors import UserError
 from llama_edu.generation import ContinuousBatcher, Sampler
 
@@ -118,7 +118,7 @@ def one(folder: TextModel, text: str, wanted: int | None, options: dict, cache: 
             print(stream.push(token), end="", flush=True)
     except ValueError as error:  # what came before it has been printed
         print(stream.finish(), flush=True)
-        raise UserError(str(error)) from None
+        raise UserError(for_one(str(error))) from None
     print(stream.finish(), flush=True)
     say_speed(n, time.perf_counter() - first, f"{len(ids)} of the prompt read in {first - began:.2f} s" if n else "")
     return 0
@@ -151,14 +151,14 @@ def many(folder: TextModel, lines: list[str], wanted: int | None, options: dict,
         try:
             number[i] = batcher.submit(ids, max_new_tokens=n, choose=_Row(options, i), stop_ids=folder.stop_ids)
         except ValueError as error:
-            trouble[i] = str(error)
+            trouble[i] = for_one(str(error))
     printed, began = 0, time.perf_counter()
 
     def answer(i: int) -> str | None:
         """The line to print, or None while it is being written."""
         request = batcher.requests[number[i]] if i in number else None
         if request is None or request.state == "failed":
-            trouble.setdefault(i, request.error if request else "")
+            trouble.setdefault(i, for_one(request.error) if request else "")
             return ""
         return one_line(folder, request.new) if request.ended else None
 

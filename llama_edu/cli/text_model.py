@@ -93,6 +93,12 @@ def stops(network: Transformer, tokenizer: Any) -> frozenset[int]:
     return frozenset(special[name] for name in _ENDS if name in special) | {i for i in own if isinstance(i, int)}
 
 
+def for_one(sentence: str) -> str:
+    """A sentence about a row of a batch, told to somebody who has one text only."""
+    sentence = re.sub(r"^prompt \d+ (?=has|is|holds)", "the prompt ", sentence)
+    return re.sub(r"^the logits of (row|request) \d+ ", "the logits ", sentence)
+
+
 def sampling(
     temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, usual_top_p: float
 ) -> dict[str, Any]:
