@@ -13,10 +13,12 @@ from llama_edu.errors import UserError
 VERBS = {
     "tour": ("llama_edu.cli.tour", "tour", "the whole way, from raw text to generated text and a report"),
     "tokenize": ("llama_edu.cli.tokenize", "tokenize", "train a tokenizer, or show how one cuts a text"),
+    "data": ("llama_edu.cli.data", "data", "make token shards from text, or check tokens and mixtures"),
     "train": ("llama_edu.cli.train", "train_model", "train a model on your text, or go on with one"),
     "generate": ("llama_edu.cli.generate", "generate_text", "continue a prompt with a saved model"),
     "chat": ("llama_edu.cli.chat", "chat", "talk with a saved model"),
     "convert": ("llama_edu.cli.convert", "convert", "between the Hugging Face and the Meta layout of weights"),
+    "plan": ("llama_edu.cli.plan", "plan", "price a division of a model over many GPUs, or search for the best"),
     "scaling": ("llama_edu.cli.scaling", "scaling", "fit scaling laws to a table of runs"),
     "exercises": ("llama_edu.cli.exercises", "exercises", "what there is to solve, and what you have solved"),
     "doctor": ("llama_edu.cli.doctor", "doctor", "what this machine has, and what will work on it"),
