@@ -102,7 +102,7 @@ class Ledger:
 
     def calls(self, **wanted: Any) -> dict[str, int]:
         """How often each collective was called. A call that sent nothing (a single rank) does not count."""
-        return dict(Counter(name for name, _ in {(m.collective, m.call) for m in self.where(**wanted)}))
+        return dict(Counter({m.call: m.collective for m in self.where(**wanted)}.values()))
 
     def seconds(self, link: Link | Mapping[str, Link], **wanted: Any) -> float:
         """Time by the alpha-beta model if no two steps overlap: a step lasts as long as its busiest sender.
