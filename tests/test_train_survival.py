@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -273,7 +274,7 @@ def test_after_bad_steps_the_run_goes_back_and_on_past_the_data(config, capsys):
             rows.append(batch.tokens.clone())
             return super().backward(model, batch, *args, **kwargs)
 
-    result = train(replace(config, max_skipped=2), engine=Watching({6, 7}))
+    result = train(replace(config, max_skipped=2, keep_last=3), engine=Watching({6, 7}))
     assert "2 steps in a row, up to step 7: back to step 4, and on without the 12 sequences" in capsys.readouterr().err
     assert (result.step, result.rewinds, result.skipped) == (12, 1, 2)
     assert [h["step"] for h in result.history] == list(range(1, 13))
@@ -283,6 +284,10 @@ def test_after_bad_steps_the_run_goes_back_and_on_past_the_data(config, capsys):
     discarded = (Path(config.out_dir) / "discarded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in discarded] == [5, 6, 7]
     assert all(json.loads(line)["rewind"] == 1 for line in discarded)
+    shutil.rmtree(Path(config.out_dir) / "checkpoints" / "step_00000012")
+    shutil.rmtree(Path(config.out_dir) / "checkpoints" / "step_00000008")
+    train(config)  # from before the rewind, and this time nothing is bad: nothing was discarded on the way
+    assert (Path(config.out_dir) / "discarded.jsonl").read_text() == ""
 
 
 def test_a_checkpoint_saved_in_trouble_is_none_to_go_back_to(config):

@@ -232,8 +232,8 @@ def test_evaluation_is_the_mean_over_the_tokens_whatever_the_batch(corpus):
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
         total += F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
-    for batch_size in (1, 3, 100):
-        assert evaluate(model, file, batch_size=batch_size, seq_len=16) == pytest.approx(total / (len(tokens) - 1))
+    for options in ({"batch_size": 1}, {"batch_size": 3, "chunk_size": 7}, {"batch_size": 100}):
+        assert evaluate(model, file, seq_len=16, **options) == pytest.approx(total / (len(tokens) - 1))
     assert model.training
 
 

@@ -74,7 +74,7 @@ def run_command(
     sampler = None if make_sampler is None or tokenizer is None else make_sampler(tokenizer)
     if config.sample_every and sampler is None:
         raise UserError("samples take a tokenizer: give --tokenizer, or leave out sample_every")
-    result = train(config, engine=engine, sampler=sampler, inform=print)
+    result = train(config, engine=engine, sampler=sampler, inform=_say)
     if result.interrupted:
         return 0
     model, out = engine.whole(result.model, config), source.out or Path(config.out_dir)
@@ -86,6 +86,13 @@ def run_command(
         score = "" if result.bits_per_byte is None else f"held-out text: {result.bits_per_byte:.3f} bits per byte; "
         print(f"{score}the model is in {out / 'model'}; the report is {report}")
     return 0
+
+
+def _say(sentence: str) -> None:
+    """On standard output, beside a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(sentence)
 
 
 def _tokenizer(source: Source) -> BPETokenizer | None:

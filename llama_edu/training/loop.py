@@ -153,7 +153,8 @@ class _Run:
         reader = Reader(self.stream, engine, config.data_workers)
         with agreed(engine):
             boards = open_boards(config, self.step) if engine.rank == 0 else []
-        metrics = Metrics(self.out if engine.rank == 0 else None, keep=self.step, boards=boards)
+        folder = self.out if engine.rank == 0 else None
+        metrics = Metrics(folder, keep=self.step, rewinds=self.rewinds, boards=boards)
         watch = Watch(config, self.inform, self.tell) if self.fresh else None
         self.inform(epochs_line(config, self.stream))
         try:

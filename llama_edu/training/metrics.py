@@ -33,10 +33,11 @@ class Metrics:
         history: its lines.
     """
 
-    def __init__(self, folder: Path | None, keep: int, boards: Sequence[Any] = ()) -> None:
+    def __init__(self, folder: Path | None, keep: int, *, rewinds: int = 0, boards: Sequence[Any] = ()) -> None:
         """Open the file in `folder` (None: only remember), dropping lines after step `keep` and what is damaged.
 
         Args:
+            rewinds: how many there were up to step `keep`; lines that later ones discarded are dropped.
             boards: take each line as well.
         """
         self.file, self.boards = None, boards
@@ -45,16 +46,27 @@ class Metrics:
             return
         self.path = folder / "metrics.jsonl"
         self.history = [line for line in read_metrics(self.path) if line["step"] <= keep]
+        self.discarded = self.path.with_name("discarded.jsonl")
+        if self.discarded.exists():
+            self._discard(rewinds, [])
         self._rewrite()
 
     def _rewrite(self) -> None:
         """The file as the history is: whole before and after."""
         if self.file is not None:
             self.file.close()
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(self._line(entry) for entry in self.history))
-        os.replace(partial, self.path)
+        self._replace(self.path, self.history)
         self.file = open(self.path, "a")
+
+    def _replace(self, path: Path, entries: Sequence[dict[str, Any]]) -> None:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(self._line(entry) for entry in entries))
+        os.replace(partial, path)
+
+    def _discard(self, rewinds: int, entries: Sequence[dict[str, Any]]) -> None:
+        """Lines of `discarded.jsonl` that belong to the first rewinds, and further ones."""
+        before = [entry for entry in read_metrics(self.discarded) if entry.get("rewind", 0) <= rewinds]
+        self._replace(self.discarded, [*before, *entries])
 
     @staticmethod
     def _line(entry: dict[str, Any]) -> str:
@@ -76,13 +88,7 @@ class Metrics:
         self.history[:] = [entry for entry in self.history if entry["step"] <= step]
         if self.file is None:
             return
-        path = self.path.with_name("discarded.jsonl")
-        # A run that died after this rewind and went on from before it comes here again: it says the same again.
-        before = [entry for entry in read_metrics(path) if entry.get("rewind", number) < number]
-        lines = [*before, *({**entry, "rewind": number} for entry in gone)]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(self._line(entry) for entry in lines))
-        os.replace(partial, path)
+        self._discard(number - 1, [{**entry, "rewind": number} for entry in gone])
         self._rewrite()
 
     def sync(self) -> None:
