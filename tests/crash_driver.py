@@ -243,12 +243,15 @@ def full_disk(folder: Path) -> None:
     """No file may grow beyond a limit: the save fails in a sentence, and what was there goes on."""
     expected = complete(config(folder, "left_in_peace", checkpoint_every=0), folder)
 
-    def limit(entry, model):
-        if entry["step"] == 25:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
     for behind in (False, True):
         cfg = config(folder, f"full_{behind}", checkpoint_every=10, async_checkpoint=behind)
+
+        def limit(entry, model, whole=Path(cfg.out_dir) / "checkpoints" / "step_00000020"):
+            while entry["step"] == 25 and not whole.exists():
+                time.sleep(0.01)
+            if entry["step"] == 25:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
         assert wait(fork(run, cfg, limit, folder / "outcome.json")) == 0
         error = json.loads((folder / "outcome.json").read_text())["error"]
         assert "step 30 could not be written" in error and "too large" in error and "\n" not in error, error
