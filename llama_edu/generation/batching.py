@@ -235,7 +235,8 @@ class ContinuousBatcher:
         self.counts["read"] += sum(map(len, texts))
         self.counts["padding"] += tokens.numel() - sum(map(len, texts))
         ready = [i for i, r in enumerate(requests) if self._unread(r) == 0]
-        logits = self.model.output(hidden[ready, [len(texts[i]) - 1 for i in ready]]).float()
+        logits = self.model.output(hidden[ready, [len(texts[i]) - 1 for i in ready]])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return [pair for i, row in zip(ready, logits) for pair in self._take(requests[i], row)]
 
     def _take(self, request: Request, logits: Float[Tensor, " vocab"]) -> list[tuple[int, int]]:

@@ -91,7 +91,8 @@ def _decode(
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     hidden = model.hidden(padded, cache=cache)
     cache.truncate(cache.lengths - (longest - lengths))
-    logits = model.output(hidden[rows, lengths - 1]).float()  # of each prompt's last token only
+    logits = model.output(hidden[rows, lengths - 1])  # of each prompt's last token only
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ids = [list(prompt) for prompt in prompts]
     for step in range(max_new_tokens):
         bad = (~torch.isfinite(logits)).any(-1).nonzero()[:, 0].tolist()
