@@ -1,7 +1,7 @@
 """Checks for the exercises of the lessons: they say what is wrong, not only that something is.
 
 One module a lesson (`llama_edu.exercises.bpe` for lesson 10). A check is made from a *judge*: a function that takes the
-reader's attempt and returns None when it is right, or one sentence that names the mistake and where to look.
+reader's attempt and returns None when it is right, or one sentence that names the mistake and where to look::
 
     @exercise(lesson="20_rmsnorm", level=1, minutes=5)
     def check_rms(attempt):
