@@ -5,12 +5,11 @@
 # %% ../../notebooks/40_collectives.ipynb #3ed24fec
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -18,15 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cost import Link
-
 Axis = str | tuple[str, ...] | None
 
 # %% auto #0
 __all__ = ['Axis', 'Steps', 'Message', 'Ledger', 'ring_reduce_scatter', 'ring_all_gather', 'tree_reduce', 'tree_broadcast',
            'chain_broadcast', 'direct_all_to_all', 'Memory', 'Cluster', 'draw_messages', 'draw_traffic']
 
-# %% ../../notebooks/40_collectives.ipynb #a2383793
+# %% ../../notebooks/40_collectives.ipynb #e593a3d0
+from dataclasses import dataclass, fields
+
+from .cost import Link
+
+
 @dataclass(frozen=True)
 class Message:
     """One tensor on its way.
@@ -344,7 +346,7 @@ class Cluster:
         self.axes = axes or {"ranks": world_size}
         if any(n < 1 for n in self.axes.values()):
             raise ValueError(f"the axes are {self.axes}; each needs at least one rank")
-        self.world_size = math.prod(self.axes.values())
+        self.world_size = prod(self.axes.values())
         self.ledger = Ledger()
         self.memory: Memory | None = None
 
@@ -365,7 +367,7 @@ class Cluster:
 
     def size(self, axis: Axis = None) -> int:
         """Number of ranks along an axis."""
-        return math.prod(self.axes[name] for name in self._names(axis))
+        return prod(self.axes[name] for name in self._names(axis))
 
     def index(self, rank: int, axis: Axis = None) -> int:
         """Place of a rank along an axis."""

@@ -3,7 +3,10 @@
 from llama_edu.exercises.data_parallel import check_global_loss, check_sharded_gradients, check_state_bytes
 
 _LOSS = "def global_loss(sums, counts):\n    return "
-_BYTES = "def state_bytes(n_params, n, stage):\n    s = [n if stage >= k else 1 for k in (3, 2, 1)]\n    p = n_params\n    return "
+_BYTES = (
+    "def state_bytes(n_params, n, stage):\n"
+    "    s = [n if stage >= k else 1 for k in (3, 2, 1)]\n    p = n_params\n    return "
+)
 _STEP = "import torch\ndef sharded_gradients(cluster, shards, xs):\n"
 _AUTOGRAD = (
     "    leaves = [[s.detach().requires_grad_() for s in row] for row in shards]\n    ys = xs\n    for row in leaves:\n"
