@@ -200,6 +200,7 @@ def test_a_checkpoint_says_what_wrote_it(config):
         {"packing": "best-fit", "document_mask": True},
         {"z_loss": 1e-3, "loss_chunk": 20, "accumulate": 2},
         {"recompute": "full", "precision": "bf16"},
+        {"precision": "bf16_copies", "accumulate": 2},
         {"data_workers": 3, "async_checkpoint": True},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -46,8 +46,9 @@ class TrainConfig:
         z_loss: weight of the penalty on log Z that keeps the logits small; 0: none.
         loss_chunk: tokens whose logits are in memory at a time; 0: those of the whole part.
         document_mask: tokens attend only inside their document, as in Llama 3 (arXiv 2407.21783, section 3.2).
-        precision: "bf16" runs the matrix products in bfloat16 beside float32 weights; "auto" does so where the device
-            has instructions for it.
+        precision: "bf16" runs the matrix products in bfloat16 beside float32 weights (torch.autocast); "auto" does so
+            where the device has instructions for it; "bf16_copies" keeps bfloat16 copies of the weights and the
+            residual stream in bfloat16, on one device and without compile (see `bf16_products`).
         seed: of weights, data order and every random generator.
         device: "auto" is CUDA where there is one, else the CPU.
         compile: run the model through torch.compile.
@@ -95,7 +96,7 @@ class TrainConfig:
     z_loss: float = 0.0
     loss_chunk: int = 0
     document_mask: bool = False
-    precision: Literal["auto", "float32", "bf16"] = "auto"
+    precision: Literal["auto", "float32", "bf16", "bf16_copies"] = "auto"
     seed: int = 0
     device: str = "auto"
     compile: bool = False
@@ -134,7 +135,10 @@ class TrainConfig:
             "cosine, linear, wsd or constant",
         )
         _check("packing", self.packing, self.packing in ("concat", "best-fit"), "concat or best-fit")
-        _check("precision", self.precision, self.precision in ("auto", "float32", "bf16"), "auto, float32 or bf16")
+        precisions = ("auto", "float32", "bf16", "bf16_copies")
+        _check("precision", self.precision, self.precision in precisions, "auto, float32, bf16 or bf16_copies")
+        if self.precision == "bf16_copies" and self.compile:
+            raise UserError("precision bf16_copies does not go with compile: use precision bf16, or leave out compile")
         _check("recompute", self.recompute, self.recompute in ("none", "selective", "full"), "none, selective or full")
         starts = [at for at, _ in self.batch_ramp]
         rising = all(a < b for a, b in zip([0, *starts], starts)) and all(size >= 1 for _, size in self.batch_ramp)

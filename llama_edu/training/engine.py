@@ -21,6 +21,7 @@ from llama_edu.model.transformer import Transformer
 from llama_edu.training.evaluation import evaluate
 from llama_edu.training.loss import backward_batch
 from llama_edu.training.optimizer import make_optimizer
+from llama_edu.training.precision import bf16_products
 from llama_edu.training.recompute import recompute
 
 if TYPE_CHECKING:
@@ -72,7 +73,12 @@ class Engine:
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """The optimiser of this rank's parameters, with moments that exist from the start."""
-        return make_optimizer(model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        if config.precision == "bf16_copies":
+            bf16_products(model, optimizer)
+        return optimizer
 
     def share(self, first: int, count: int) -> tuple[int, int]:
         """Which sequences, (first, count), of the global batch `first .. first + count - 1` this rank reads.

@@ -115,7 +115,10 @@ class _Run:
         self.load(path)
 
     def identity(self, sequence: int) -> dict[str, Any]:
-        return checks.identity(self.config, self.stream, "bf16" if self.bf16 else "float32", sequence)
+        precision = self.config.precision
+        if precision == "auto":
+            precision = "bf16" if self.bf16 else "float32"
+        return checks.identity(self.config, self.stream, precision, sequence)
 
     def save(self, metrics: Metrics, *, background: bool = False) -> None:
         started = time.perf_counter()
@@ -136,10 +139,11 @@ class _Run:
     def measure_peak(self) -> float:
         """FLOP/s of all devices: what the maker states for bfloat16, or what a large product reaches."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = published_peak(name) if self.bf16 else None
+        low = self.bf16 or self.config.precision == "bf16_copies"
+        peak = published_peak(name) if low else None
         if peak is None:
             before = rng_state(self.device)
-            peak = measured_peak(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+            peak = measured_peak(self.device, torch.bfloat16 if low else torch.float32)
             set_rng_state(before, self.device)
         return peak * self.engine.world_size
 
