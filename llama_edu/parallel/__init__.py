@@ -10,8 +10,10 @@ from llama_edu._lazy import lazy
 if TYPE_CHECKING:
     from llama_edu.parallel.cost import Link, collective_cost
     from llama_edu.parallel.dims import ParallelPlan, build_mesh
+    from llama_edu.parallel.engine import ParallelEngine, join_ranks
     from llama_edu.parallel.failures import daly_interval, effective_time, simulate, spares_needed, young_interval
     from llama_edu.parallel.launch import RankError, run_ranks
+    from llama_edu.parallel.parallelize import parallelize
     from llama_edu.parallel.planner import (
         GPU,
         GPUS,
@@ -30,6 +32,7 @@ __all__ = [
     "ClusterReport",
     "Ledger",
     "Link",
+    "ParallelEngine",
     "ParallelPlan",
     "PlanSearch",
     "RankError",
@@ -37,6 +40,8 @@ __all__ = [
     "collective_cost",
     "daly_interval",
     "effective_time",
+    "join_ranks",
+    "parallelize",
     "plan_cluster",
     "run_ranks",
     "search_plans",
@@ -51,8 +56,10 @@ __getattr__, __dir__ = lazy(
     {
         "cost": ("Link", "collective_cost"),
         "dims": ("ParallelPlan", "build_mesh"),
+        "engine": ("ParallelEngine", "join_ranks"),
         "failures": ("daly_interval", "effective_time", "simulate", "spares_needed", "young_interval"),
         "launch": ("RankError", "run_ranks"),
+        "parallelize": ("parallelize",),
         "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
         "simulated": ("Cluster", "Ledger"),
     },

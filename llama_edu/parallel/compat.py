@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["flatten_mesh", "pair_mesh", "sum_gradients", "takes"]
+__all__ = ["flatten_mesh", "pair_mesh", "quiet", "quiet_gathers", "sum_gradients", "takes"]
 
 
 def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
@@ -27,12 +28,24 @@ def pair_mesh(mesh: DeviceMesh, axis: str, flattened: str) -> DeviceMesh:
         return mesh[axis, flattened]
 
 
+def quiet(message: str) -> None:
+    """Do not print this warning of torch (a regular expression for its beginning)."""
+    warnings.filterwarnings("ignore", message=message)
+
+
+def quiet_gathers() -> None:
+    """Do not tell that a parameter divided along two axes is gathered along one after the other."""
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
 def sum_gradients(module: FSDPModule) -> None:
     """Let the reduce-scatter of a `fully_shard` module add gradients instead of averaging them."""
     if hasattr(module, "set_gradient_divide_factor"):
         module.set_gradient_divide_factor(1.0)
     else:
         module.set_reduce_scatter_divide_factor(1.0)
+    if hasattr(module, "set_force_sum_reduction_for_comms"):
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
 
 
 def takes(function: Any, name: str) -> bool:

@@ -1,0 +1,44 @@
+"""One norm of all gradients, wherever their parts lie, and one scale for all."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+__all__ = ["clip_gradients"]
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float, *, stages: int = 1) -> Tensor:
+    """Scale the gradients of a divided model down to a global norm of `max_norm`. Returns the norm before.
+
+    What is sent: one number, over all ranks, so that all get the same bits. A part of which n ranks hold a copy counts
+    for 1/n on each.
+
+    Args:
+        model: this rank's part; its parameters may be DTensors over any axes of the mesh but that of the pipeline.
+        stages: ranks among which different layers are shared out.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    parts: dict[int, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        grad, pieces = p.grad, 1
+        if isinstance(grad, DTensor):
+            if any(place.is_partial() for place in grad.placements):  # norms under TP without FSDP: summands
+                grad = p.grad = grad.redistribute(placements=p.placements)
+            sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+            pieces, grad = math.prod(n for place, n in sizes if not place.is_replicate()), grad.to_local()
+        parts[pieces].append(grad)
+    copies = dist.get_world_size() // stages
+    squares = [get_total_norm(grads).double().square() * (pieces / copies) for pieces, grads in parts.items()]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt().to(parameters[0].grad.dtype)
+    clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

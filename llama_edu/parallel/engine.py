@@ -1,0 +1,270 @@
+"""The engine that runs a training step on many ranks: same loop, same data order, same numbers as one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from llama_edu.data.tokens import IGNORE, Batch, TokenFile, sequential_batches
+from llama_edu.errors import UserError
+from llama_edu.parallel.checkpoint import host_copy, whole_model
+from llama_edu.parallel.clip import clip_gradients
+from llama_edu.parallel.cp import chunk_positions
+from llama_edu.parallel.dims import ParallelPlan, build_mesh
+from llama_edu.parallel.parallelize import parallelize
+from llama_edu.parallel.pp import Pipeline
+from llama_edu.parallel.tp import parallel_cross_entropy
+from llama_edu.training.config import TrainConfig
+from llama_edu.training.engine import Engine
+from llama_edu.training.loss import chunked_cross_entropy
+from llama_edu.training.utilisation import has_bf16
+
+__all__ = ["ParallelEngine", "join_ranks"]
+
+
+def join_ranks(timeout: float = 600.0) -> None:
+    """Make this process a rank: of the group that torchrun describes in the environment, or the only one of its own.
+
+    Args:
+        timeout: seconds after which a collective that a rank does not join fails.
+    """
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = timedelta(seconds=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+
+
+class ParallelEngine(Engine):
+    """A step on all ranks of a `ParallelPlan`. The process group must be running (`join_ranks`), or is begun here.
+
+    A batch's sequences are shared out over dp; the ranks along cp, pp and tp read the same ones, and cp takes its part
+    of each. The loss is divided by the targets of all ranks, and gradients are added: the sum is the gradient of one
+    process but for the order of additions.
+
+    Raises:
+        UserError: there are more or fewer ranks than the plan needs.
+    """
+
+    def __init__(self, plan: ParallelPlan) -> None:
+        join_ranks()
+        self.plan, self.rank, self.world_size = plan, dist.get_rank(), dist.get_world_size()
+        plan.check_world(self.world_size)
+        # Small things travel between the hosts, on a group that no tensor of the step can block.
+        self._control = dist.new_group(backend="gloo")
+        self.saving_group = dist.new_group(backend="gloo")
+        self._device: torch.device | None = None
+        self._mesh: dist.DeviceMesh | None = None
+
+    def device(self, wanted: str) -> torch.device:
+        device = super().device(wanted)
+        if device.type == "cuda":
+            if device.index not in (None, torch.cuda.current_device()):
+                raise UserError(f"device is {wanted!r}; with several ranks each takes its own: say 'cuda' or 'auto'")
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device
+        return device
+
+    @property
+    def mesh(self) -> dist.DeviceMesh:
+        """The ranks, on the axes of the plan."""
+        if self._mesh is None:
+            self._mesh = build_mesh(self.plan, (self._device or self.device("auto")).type)
+        return self._mesh
+
+    def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
+        plan, device = self.plan, self.device(config.device)
+        plan.check_model(model.cfg)
+        plan.check_sequence(config.seq_len)
+        for size in (config.batch_size, *(size for _, size in config.batch_ramp)):
+            plan.check_batch(size, config.accumulate)
+        if config.loss_chunk and (plan.tp > 1 or plan.pp > 1):
+            raise UserError(f"loss_chunk is {config.loss_chunk}, which tp and pp cannot do: set it to 0")
+        if config.z_loss and plan.tp > 1:
+            raise UserError(f"z_loss is {config.z_loss}, which tp {plan.tp} cannot do: set it or tp to the other's")
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        return parallelize(
+            model.to(device, dtype).train(),
+            self.mesh,
+            plan,
+            recompute=config.recompute,
+            compile=config.compile,
+            bf16=config.precision == "bf16" or (config.precision == "auto" and has_bf16(device)),
+        )
+
+    def share(self, first: int, count: int) -> tuple[int, int]:
+        if count % self.plan.dp:
+            raise UserError(f"a batch of {count} sequences does not divide by dp {self.plan.dp}: change one")
+        each = count // self.plan.dp
+        # dp is the outermost axis.
+        return first + self.rank // (self.world_size // self.plan.dp) * each, each
+
+    def backward(self, model: nn.Module, batch: Batch, count: Tensor, config: TrainConfig, *, autocast: bool) -> Tensor:
+        """See `Engine.backward`. `autocast` is not used: FSDP computes in bfloat16 where the configuration says so."""
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        total, scale = torch.zeros((), device=batch.tokens.device, dtype=dtype), count.to(dtype).reciprocal()
+        for tokens, targets, documents in zip(*(t.chunk(config.accumulate) for t in batch)):
+            tokens, targets, kwargs = self._part(tokens, targets, documents if config.document_mask else None)
+            seen: list[Tensor] = []
+            with loss_parallel() if self.plan.tp > 1 else nullcontext():
+                if isinstance(model, Pipeline):
+                    loss = partial(self._loss, scale=scale, z_loss=config.z_loss, seen=seen)
+                    model.step(loss, tokens, targets, **kwargs)
+                elif config.loss_chunk:
+                    self._chunked(model, tokens, targets, kwargs, scale, config, seen).backward()
+                else:
+                    self._loss(model(tokens, **kwargs), targets, scale, config.z_loss, seen).backward()
+            total += sum(seen)
+        return self._sum_of_parts(total)
+
+    def _part(self, tokens: Tensor, targets: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor, dict]:
+        """This rank's tokens of its sequences, their targets, and what else the model must know."""
+        kwargs: dict[str, Tensor] = {} if documents is None else {"document_ids": documents}
+        if self.plan.cp == 1:
+            return tokens, targets, kwargs
+        mine = chunk_positions(tokens.shape[1], self.plan.cp)[self.mesh["cp"].get_local_rank()].to(tokens.device)
+        kwargs = {name: t[:, mine] for name, t in kwargs.items()}
+        # A row for each sequence: a pipeline cuts it into micro-batches like everything else.
+        return tokens[:, mine], targets[:, mine], kwargs | {"positions": mine.expand(len(tokens), -1)}
+
+    def _loss(self, logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float, seen: list[Tensor]) -> Tensor:
+        """What is differentiated. Its cross-entropy is appended to `seen`."""
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+        if self.plan.tp > 1:
+            loss = scale * parallel_cross_entropy(logits, targets, self.mesh["tp"])
+        else:
+            loss = scale * F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        seen.append(loss.detach())
+        if z_loss:
+            loss = loss + z_loss * scale * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
+        return loss
+
+    def _chunked(
+        self, model: nn.Module, tokens: Tensor, targets: Tensor, kwargs: dict, scale: Tensor, config: Any, seen: list
+    ) -> Tensor:
+        """The same with the scores of `loss_chunk` tokens at a time. FSDP leaves the output matrix gathered."""
+        output, model.output = model.output, None
+        try:
+            hidden = model(tokens, **kwargs)
+        finally:
+            model.output = output
+        options = {"chunk_size": config.loss_chunk}
+        objective = scale * chunked_cross_entropy(hidden, output.weight, targets, z_loss=config.z_loss, **options)
+        with torch.no_grad():
+            plain = objective
+            if config.z_loss:
+                plain = scale * chunked_cross_entropy(hidden, output.weight, targets, **options)
+        seen.append(plain.detach())
+        return objective
+
+    def _sum_of_parts(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share sequences: parts of them along cp, and the last stage of pp."""
+        for axis in ("cp", "pp"):
+            if self.mesh[axis].size() > 1:
+                dist.all_reduce(x, group=self.mesh[axis].get_group())
+        return x
+
+    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+        return clip_gradients(model, max_norm, stages=self.plan.pp)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        token_file: TokenFile,
+        config: TrainConfig,
+        *,
+        max_batches: int | None,
+        autocast: bool,
+        progress: bool,
+    ) -> float:
+        """Each dp-th batch goes to a dp rank; losses are added in the order of the batches, as one process does."""
+        dp, at = self.plan.dp, self.rank // (self.world_size // self.plan.dp)
+        size = config.batch_size // config.accumulate
+        batches = list(self._turns(sequential_batches(token_file, size, config.seq_len, max_batches=max_batches), dp))
+        was_training = model.training
+        model.eval()
+        losses, counts = [], 0
+        for turn in batches:
+            batch = Batch(*(t.to(self._device) for t in turn[min(at, len(turn) - 1)]))
+            counts += sum(int((b.targets != IGNORE).sum()) for b in turn)
+            tokens, targets, kwargs = self._part(
+                batch.tokens, batch.targets, batch.document_ids if config.document_mask else None
+            )
+            logits, seen = model(tokens, **kwargs), []
+            if logits is not None:
+                self._loss(logits, targets, torch.ones((), device=tokens.device), 0.0, seen)
+            loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device))
+            losses.append(loss.item())
+        model.train(was_training)
+        everybody = self.gather(losses)
+        ranks = [r * (self.world_size // dp) for r in range(dp)]
+        total = 0.0
+        for i, turn in enumerate(batches):
+            for r in range(len(turn)):
+                total += everybody[ranks[r]][i]
+        return total / counts
+
+    @staticmethod
+    def _turns(batches: Any, size: int) -> Any:
+        turn: list[Batch] = []
+        for batch in batches:
+            turn.append(batch)
+            if len(turn) == size:
+                yield turn
+                turn = []
+        if turn:
+            yield turn
+
+    def sample(self, model: nn.Module, sampler: Callable[[nn.Module, list[str]], list[str]], prompts: list[str]):
+        """Only where every rank can run the whole model on a text of any length: under data parallel."""
+        plan = self.plan
+        return sampler(model, prompts) if plan.tp == plan.pp == plan.cp == 1 else None
+
+    def whole(self, model: nn.Module, config: TrainConfig) -> nn.Module | None:
+        return whole_model(model, config.model, self.mesh, self._control)
+
+    # --- what the ranks tell each other -------------------------------------------------------------------------------
+
+    def total(self, x: Tensor) -> Tensor:
+        """One rank for each part of the data counts, and all get the result of the same sum."""
+        others = self.rank % (self.world_size // self.plan.dp)
+        x = torch.zeros_like(x) if others else x.clone()
+        dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._control)
+
+    def snapshot(self, tensor: Tensor, buffer: Tensor | None) -> Tensor:
+        return host_copy(tensor, buffer)

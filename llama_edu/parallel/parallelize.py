@@ -1,0 +1,79 @@
+"""One function that divides a model in every way at once, in the order in which the ways rest on each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from llama_edu.errors import UserError
+from llama_edu.parallel.cp import apply_cp
+from llama_edu.parallel.dims import ParallelPlan
+from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
+from llama_edu.parallel.pp import Pipeline, cut_stages
+from llama_edu.parallel.tp import apply_tp
+from llama_edu.training.recompute import recompute as apply_recompute
+
+__all__ = ["parallelize"]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: ParallelPlan,
+    *,
+    recompute: str = "none",
+    compile: bool = False,
+    bf16: bool = False,
+) -> nn.Module:
+    """Divide a Transformer over the ranks of a mesh. Returns this rank's part of it.
+
+    Stages are cut first, then each stage's matrices (TP) and its attention (CP); then layers are told what to compute
+    again and are compiled; FSDP comes last, around all of it.
+
+    Args:
+        model: whole, with the same weights on every rank, or on the meta device. It is changed.
+        mesh: of `build_mesh(plan)`.
+        recompute: "none", "selective" or "full"; see `llama_edu.training.recompute`.
+        compile: compile each layer.
+        bf16: compute in bfloat16 beside float32 parameters, gradients and sums.
+
+    Returns:
+        The model itself; with pp > 1 a `Pipeline`.
+
+    Raises:
+        UserError: the model cannot be divided so.
+    """
+    plan.check_model(model.cfg)
+    if compile and plan.tp > 1:
+        raise UserError(f"compile does not go together with tp {plan.tp} in this torch: turn one off")
+    layers = plan.stage_layers(model.cfg.n_layers)
+    rank = mesh["pp"].get_local_rank()
+    stages = {i: part for i, part in enumerate(cut_stages(model, layers)) if i % plan.pp == rank}
+    if plan.pp == 1:
+        stages = {0: model}
+    shards = fsdp_mesh(mesh)
+    dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
+    for stage in stages.values():
+        if plan.tp > 1:
+            apply_tp(stage, mesh["tp"])
+        if plan.cp > 1:
+            apply_cp(stage, mesh["cp"])
+        apply_recompute(stage, recompute)
+        if compile:
+            for layer in stage.layers.children():
+                layer.compile(dynamic=False)
+    if plan.pp == 1:
+        return apply_fsdp(model, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
+    pipeline = Pipeline(
+        stages,
+        plan.stages,
+        mesh["pp"],
+        schedule=plan.schedule,
+        micro_batches=plan.n_micro_batches,
+        tp=mesh["tp"] if plan.tp > 1 else None,
+        dtype=dtype,
+    )
+    for stage in stages.values():
+        apply_fsdp(stage, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
+    return pipeline
