@@ -122,3 +122,23 @@ def test_cost_and_ledger_agree_and_the_crossover_is_one():
     assert times[0] == pytest.approx(times[1]) and collective_cost("all_reduce", 8, 1).seconds(link) == 0
     with pytest.raises(ValueError, match="no cost is known"):
         collective_cost("gossip", 1, 2)
+
+
+def test_a_feed_forward_layer_over_two_axes_has_the_gradients_of_one_process():
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(*s, dtype=torch.float64) for s in ((8, 6), (12, 6), (6, 12)))
+    whole = [v.clone().requires_grad_() for v in (a, b)]
+    (torch.nn.functional.silu(x @ whole[0].T) @ whole[1].T).square().sum().backward()
+
+    cluster = Cluster(dp=2, tp=3)
+    xs = cluster.place(x, 0, "dp")
+    ws = [w.requires_grad_() for w in cluster.place(a, 0, "tp")]
+    vs = [v.requires_grad_() for v in cluster.place(b, 1, "tp")]
+    hidden = cluster.identity(xs, "tp")
+    parts = [torch.nn.functional.silu(h @ w.T) @ v.T for h, w, v in zip(hidden, ws, vs)]
+    out = cluster.all_reduce(parts, "tp", grad="identity")
+    cluster.backward([y.square().sum() for y in out])
+    for shards, dim, right in ((ws, 0, whole[0].grad), (vs, 1, whole[1].grad)):
+        grads = cluster.all_reduce([s.grad for s in shards], "dp")
+        torch.testing.assert_close(cluster.whole(grads, dim, "tp"), right, rtol=1e-12, atol=1e-12)
+    assert cluster.ledger.by("axis") == {"tp": 6 * 2 * 2 * 4 * 6 * 8 // 3, "dp": 6 * 2 * 24 * 8}
