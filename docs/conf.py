@@ -49,6 +49,7 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes of a docstring and of the class are one entry, not two
 
 
 def _copy_mathjax(app, exception):
