@@ -236,9 +236,9 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
     for one in field:
         speed = args.batch * args.seq / statistics.median(one.seconds)
         ratio = statistics.median(theirs / mine for mine, theirs in zip(ours.seconds, one.seconds))
-        share = mfu(cfg, speed, seq_len=args.seq, peak=peak)
+        share = f"{mfu(cfg, speed, seq_len=args.seq, peak=peak):.0%}" if args.clock == "wall" else "-"
         bytes_ = "-" if moved[one.name] is None else f"{moved[one.name]:.2f}"
-        print(f"| {one.name} | {speed:.0f} | {share:.0%} | {one.peak:.0f} | {bytes_} | {ratio:.2f} |", flush=True)
+        print(f"| {one.name} | {speed:.0f} | {share} | {one.peak:.0f} | {bytes_} | {ratio:.2f} |", flush=True)
 
 
 def profile(args: argparse.Namespace) -> None:
