@@ -27,6 +27,7 @@ from llama_edu.parallel.tp import parallel_cross_entropy
 from llama_edu.training.config import TrainConfig
 from llama_edu.training.engine import Engine
 from llama_edu.training.loss import chunked_cross_entropy
+from llama_edu.training.optimizer import make_optimizer
 from llama_edu.training.utilisation import has_bf16
 
 __all__ = ["ParallelEngine", "join_ranks"]
@@ -104,8 +105,12 @@ class ParallelEngine(Engine):
             plan,
             recompute=config.recompute,
             compile=config.compile,
-            bf16=config.precision == "bf16" or (config.precision == "auto" and has_bf16(device)),
+            bf16=config.precision.startswith("bf16") or (config.precision == "auto" and has_bf16(device)),
         )
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        """As on one device. FSDP makes the bfloat16 copies of a precision that asks for them."""
+        return make_optimizer(model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
     def share(self, first: int, count: int) -> tuple[int, int]:
         if count % self.plan.dp:
@@ -199,7 +204,7 @@ class ParallelEngine(Engine):
         batches = list(self._turns(sequential_batches(token_file, size, config.seq_len, max_batches=max_batches), dp))
         was_training = model.training
         model.eval()
-        losses, counts = [], 0
+        losses, counts, dtype = [], 0, torch.promote_types(next(model.parameters()).dtype, torch.float32)
         for turn in batches:
             batch = Batch(*(t.to(self._device) for t in turn[min(at, len(turn) - 1)]))
             counts += sum(int((b.targets != IGNORE).sum()) for b in turn)
@@ -209,7 +214,7 @@ class ParallelEngine(Engine):
             logits, seen = model(tokens, **kwargs), []
             if logits is not None:
                 self._loss(logits, targets, torch.ones((), device=tokens.device), 0.0, seen)
-            loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device))
+            loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device, dtype=dtype))
             losses.append(loss.item())
         model.train(was_training)
         everybody = self.gather(losses)

@@ -1,0 +1,62 @@
+"""`torchrun --nproc-per-node N -m llama_edu.train`: `llama-edu train` on many ranks; without torchrun, on one.
+
+torchrun --nproc-per-node 4 -m llama_edu.train --config run.yaml --parallel.tp 2 --steps 100
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from llama_edu.cli.train import make_sampler
+from llama_edu.errors import UserError
+from llama_edu.parallel.dims import ParallelPlan
+from llama_edu.parallel.engine import ParallelEngine
+from llama_edu.training.command import run_command
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan(ParallelPlan):
+    dp: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dp == 0:
+            rest = max(1, self.tp * self.pp * self.cp)
+            object.__setattr__(self, "dp", max(1, int(os.environ.get("WORLD_SIZE", 1)) // rest))
+        super().__post_init__()
+
+
+_Plan.__doc__ = (ParallelPlan.__doc__ or "").replace(
+    "dp: data parallel:", "dp: 0: all that the others leave. Data parallel:"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train on the ranks of torchrun, or on one. Returns the exit code: 0, or 2 for a mistake of the user's."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        code = run_command(
+            sys.argv[1:] if argv is None else argv,
+            prog="torchrun --nproc-per-node N -m llama_edu.train",
+            sections={"parallel": _Plan},
+            make_engine=lambda sections: ParallelEngine(sections["parallel"]),
+            make_sampler=make_sampler,
+        )
+    except UserError as error:
+        # All ranks raise the same sentence: once is enough.
+        if rank == 0:
+            print(f"llama-edu: {error}", file=sys.stderr, flush=True)
+        code = 2
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
