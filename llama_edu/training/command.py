@@ -18,6 +18,7 @@ from llama_edu.training.engine import Engine, agreed
 from llama_edu.training.loop import train
 from llama_edu.training.report import write_report
 from llama_edu.training.result import Sampler
+from llama_edu.training.utilisation import keep_freed_memory
 
 __all__ = ["SHORT", "Source", "run_command"]
 
