@@ -106,8 +106,8 @@ def assert_same(result, undivided):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(P(dp=2), P(dp=2, cp=2)), (P(dp=2, tp=2, pp=2), P()), (P(tp=2), P(pp=2)), (P(pp=2, tp=2), P(dp=4))],
-    ids=["dp2-to-dp2cp2", "dp2tp2pp2-to-1", "tp2-to-pp2", "pp2tp2-to-dp4"],
+    [(P(dp=2), P(dp=2, cp=2)), (P(dp=2, tp=2, pp=2), P()), (P(tp=2), P(pp=2)), (P(dp=4), P(pp=2, tp=2))],
+    ids=["dp2-to-dp2cp2", "dp2tp2pp2-to-1", "tp2-to-pp2", "dp4-to-pp2tp2"],
 )
 def test_a_checkpoint_goes_on_under_another_division(config, undivided, before, after, tmp_path):
     on(before, config, stop_at=5)

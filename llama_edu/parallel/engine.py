@@ -213,7 +213,8 @@ class ParallelEngine(Engine):
             )
             logits, seen = model(tokens, **kwargs), []
             if logits is not None:
-                self._loss(logits, targets, torch.ones((), device=tokens.device), 0.0, seen)
+                with loss_parallel() if self.plan.tp > 1 else nullcontext():
+                    self._loss(logits, targets, torch.ones((), device=tokens.device), 0.0, seen)
             loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device, dtype=dtype))
             losses.append(loss.item())
         model.train(was_training)
