@@ -25,6 +25,7 @@ from llama_edu.data import Split, TokenFile, held_out, read_documents, write_tok
 from llama_edu.errors import UserError
 from llama_edu.tokenizer import BPETokenizer
 from llama_edu.training import TrainConfig, train
+from llama_edu.training.utilisation import keep_freed_memory
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 PROMPT_TOKENS = 32
@@ -136,6 +137,7 @@ def tour(
         print(f"      {value:.3f} bits per byte  {name}", flush=True)
 
     say(f"pretraining a Llama of {cfg.num_parameters():,} parameters for {steps} steps")
+    keep_freed_memory()
     result = train(config)
     if result.interrupted:
         print("interrupted; everything so far is kept: run the same command again to go on", flush=True)

@@ -75,6 +75,7 @@ def run_command(
     sampler = None if make_sampler is None or tokenizer is None else make_sampler(tokenizer)
     if config.sample_every and sampler is None:
         raise UserError("samples take a tokenizer: give --tokenizer, or leave out sample_every")
+    keep_freed_memory()  # this process does nothing but train
     result = train(config, engine=engine, sampler=sampler, inform=_say)
     if result.interrupted:
         return 0
