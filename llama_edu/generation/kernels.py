@@ -1,0 +1,502 @@
+"""The decode step as machine code: one call of a small team of threads computes a token of every sequence.
+
+numba compiles what stands here. Three things decide the speed, and lesson 52 measures them:
+
+- a weight is read once, as a stream, in the form it has in memory (float32, bfloat16, int8, int4), is widened in
+  registers, and memory is asked for it well before it is needed (`_product` writes this loop with LLVM's vectors, so
+  the same source serves AVX-512, AVX2 and NEON);
+- the whole network is one call, and its phases are kept apart by barriers in which threads spin, not sleep;
+- norms, rotations, attention and activations use what is in the caches from the product before them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["LANES", "Team", "compiled", "product_rows", "work"]
+
+LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
+_AHEAD = 4096  # bytes between what is read and what is asked for
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile with numba: outside Python's lock, sums in any order."""
+    function = inspect.unwrap(function)  # a type checker around it, as in tests, would hide the code from numba
+    options = {"nogil": True, "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep machine code in: compile in each process
+        return numba.njit(**options)(function)
+
+
+def _vector(kind: ir.Type, n: int = LANES) -> ir.VectorType:
+    return ir.VectorType(kind, n)
+
+
+def _splat(kind: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(_vector(kind), [value] * LANES)
+
+
+def _address(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    """A pointer to `kind`, `offset` bytes behind the pointer `base`."""
+    return b.bitcast(b.gep(b.bitcast(base, _I8.as_pointer()), [offset]), kind.as_pointer())
+
+
+def _load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.load(_address(b, base, offset, kind), align=1)
+
+
+def _bfloat(b: ir.IRBuilder, bits: ir.Value, n: int) -> ir.Value:
+    """float32 from bfloat16: the same number has the same upper 16 bits."""
+    wide = b.shl(b.zext(bits, _vector(_I32, n)), ir.Constant(_vector(_I32, n), [16] * n))
+    return b.bitcast(wide, _vector(_F32, n))
+
+
+def _expand(b: ir.IRBuilder, kind: str, row: ir.Value, scales: ir.Value, at: ir.Value) -> list[ir.Value]:
+    """The next weights of a row as float32 vectors: two vectors from `at` on (a group, where there are groups)."""
+    if kind == "int4":  # 32 weights in 16 bytes: the first half in the low bits, the second in the high ones
+        packed = _load(b, row, b.lshr(at, ir.Constant(_I64, 1)), _vector(_I8))
+        scale = b.load(_address(b, scales, b.lshr(at, ir.Constant(_I64, 4)), _I16), align=1)
+        scale = b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32)
+        one = b.insert_element(ir.Constant(_vector(_F32), ir.Undefined), scale, ir.Constant(_I32, 0))
+        scale = b.shuffle_vector(one, one, ir.Constant(_vector(_I32), [0] * LANES))
+        low = b.and_(packed, _splat(_I8, 15))
+        high = b.lshr(packed, _splat(_I8, 4))
+        halves = [b.sext(b.sub(half, _splat(_I8, 8)), _vector(_I32)) for half in (low, high)]
+        return [b.fmul(b.sitofp(half, _vector(_F32)), scale) for half in halves]
+    vectors = []
+    for u in range(2):
+        i = b.add(at, ir.Constant(_I64, u * LANES))
+        if kind == "float32":
+            vectors.append(_load(b, row, b.shl(i, ir.Constant(_I64, 2)), _vector(_F32)))
+        elif kind == "bfloat16":
+            vectors.append(_bfloat(b, _load(b, row, b.shl(i, ir.Constant(_I64, 1)), _vector(_I16)), LANES))
+        else:
+            whole = b.sext(_load(b, row, i, _vector(_I8)), _vector(_I32))
+            vectors.append(b.sitofp(whole, _vector(_F32)))
+    return vectors
+
+
+_KINDS = {types.float32: ("float32", 4.0), types.uint16: ("bfloat16", 2.0), types.int8: ("int8", 1.0)}
+_KINDS |= {types.uint8: ("int4", 0.5)}
+
+
+def _product(rows: int, columns: int) -> Callable:
+    """A numba function (w, scales, r, x, c, out): out[c + j, r + i] = w[r + i] . x[c + j], i < rows, j < columns.
+
+    The length of a row is a multiple of 32. The kind of weight follows from the dtype of `w`: uint16 is bfloat16, uint8
+    is two int4. `scales` is (rows, 1) float32 for int8 and (rows, length / 32) bfloat16 for int4, else unused.
+    """
+
+    @intrinsic
+    def product(typingctx, w, scales, r, x, c, out):
+        kind, width = _KINDS[w.dtype]
+
+        def codegen(context, b, signature, args):
+            arrays = [context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 1, 3, 5)]
+            w, scales, x, out = arrays
+            r, c = (b.sext(args[i], _I64) if args[i].type != _I64 else args[i] for i in (2, 4))
+            const = lambda value: ir.Constant(_I64, value)
+            shape = lambda array, axis: b.extract_value(array.shape, axis)
+            length = shape(x, 1)
+            row_bytes = b.lshr(b.mul(length, const(int(2 * width))), const(1))
+            w_row = [_address(b, w.data, b.mul(b.add(r, const(i)), row_bytes), _I8) for i in range(rows)]
+            per_row = b.mul(shape(scales, 1), const(2 if kind == "int4" else 4))
+            s_row = [_address(b, scales.data, b.mul(b.add(r, const(i)), per_row), _I8) for i in range(rows)]
+            x_bytes = b.shl(length, const(2))
+            x_row = [_address(b, x.data, b.mul(b.add(c, const(j)), x_bytes), _I8) for j in range(columns)]
+            fma = ir.FunctionType(_vector(_F32), [_vector(_F32)] * 3)
+            fma = cgutils.get_or_insert_function(b.module, fma, f"llvm.fma.v{LANES}f32")
+            prefetch = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            prefetch = cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0")
+
+            several = 2 if rows * columns * 2 <= 16 else 1  # accumulators an output, to hide how long an addition takes
+            n_acc = rows * columns * several
+            before = b.basic_block
+            loop, after = b.append_basic_block("loop"), b.append_basic_block("after")
+            b.branch(loop)
+            b.position_at_end(loop)
+            at = b.phi(_I64)
+            at.add_incoming(const(0), before)
+            sums = [b.phi(_vector(_F32)) for _ in range(n_acc)]
+            for s in sums:
+                s.add_incoming(_splat(_F32, 0.0), before)
+            new = list(sums)
+            weights = []
+            for i in range(rows):
+                offset = b.lshr(b.mul(at, const(int(2 * width))), const(1))
+                for line in range(max(1, int(32 * width) // 64)):
+                    place = _address(b, w_row[i], b.add(offset, const(_AHEAD + 64 * line)), _I8)
+                    b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
+                weights.append(_expand(b, kind, w_row[i], s_row[i], at))
+            for u in range(2):
+                offset = b.shl(b.add(at, const(u * LANES)), const(2))
+                for j in range(columns):
+                    values = _load(b, x_row[j], offset, _vector(_F32))
+                    for i in range(rows):
+                        k = (i * columns + j) * several + u % several
+                        new[k] = b.call(fma, [weights[i][u], values, new[k]])
+            following = b.add(at, const(2 * LANES))
+            at.add_incoming(following, b.basic_block)
+            for s, value in zip(sums, new):
+                s.add_incoming(value, b.basic_block)
+            b.cbranch(b.icmp_signed("<", following, length), loop, after)
+            b.position_at_end(after)
+            add = ir.FunctionType(_F32, [_F32, _vector(_F32)])
+            add = cgutils.get_or_insert_function(b.module, add, f"llvm.vector.reduce.fadd.v{LANES}f32")
+            out_bytes = b.shl(shape(out, 1), const(2))
+            for i in range(rows):
+                for j in range(columns):
+                    k = (i * columns + j) * several
+                    total = new[k] if several == 1 else b.fadd(new[k], new[k + 1])
+                    total = b.call(add, [ir.Constant(_F32, -0.0), total], fastmath=("reassoc",))
+                    if kind == "int8":
+                        total = b.fmul(total, b.load(b.bitcast(s_row[i], _F32.as_pointer())))
+                    place = b.add(b.mul(b.add(c, const(j)), out_bytes), b.shl(b.add(r, const(i)), const(2)))
+                    b.store(total, _address(b, out.data, place, _F32), align=4)
+            return context.get_dummy_value()
+
+        return types.void(w, scales, r, x, c, out), codegen
+
+    return product
+
+
+_one, _one_by_four, _two_by_eight, _one_by_eight = _product(1, 1), _product(1, 4), _product(2, 8), _product(1, 8)
+
+
+@intrinsic
+def _widen(typingctx, value):
+    """float32 from float32 or from the bits of a bfloat16."""
+
+    def codegen(context, b, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        return b.bitcast(b.shl(b.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(value), codegen
+
+
+@intrinsic
+def _narrow(typingctx, value, like):
+    """`value`, a float32, as the kind of number that the array `like` holds; bfloat16 to the nearest, ties to even."""
+
+    def codegen(context, b, signature, args):
+        if signature.return_type == types.float32:
+            return args[0]
+        bits = b.bitcast(args[0], _I32)
+        odd = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        nearest = b.add(bits, b.add(odd, ir.Constant(_I32, 0x7FFF)))
+        return b.trunc(b.lshr(nearest, ir.Constant(_I32, 16)), _I16)
+
+    return like.dtype(value, like), codegen
+
+
+def _atomic(operation: str) -> Callable:
+    @intrinsic
+    def run(typingctx, array, index, value):
+        def codegen(context, b, signature, args):
+            data = context.make_array(signature.args[0])(context, b, args[0]).data
+            place = b.gep(data, [args[1]])
+            if operation == "add":
+                return b.atomic_rmw("add", place, args[2], "acq_rel")
+            if operation == "load":
+                return b.load_atomic(place, "acquire", 8)
+            b.store_atomic(args[2], place, "release", 8)
+            return args[2]
+
+        return types.int64(array, types.int64, types.int64), codegen
+
+    return run
+
+
+_atomic_add, _atomic_load, _atomic_store = _atomic("add"), _atomic("load"), _atomic("store")
+if sys.platform == "win32":
+    _yield = types.ExternalFunction("SwitchToThread", types.int32())
+    _sleep = types.ExternalFunction("Sleep", types.void(types.uint32))  # of milliseconds
+    _NAP = np.uint32(1)
+else:
+    _yield = types.ExternalFunction("sched_yield", types.int32())
+    _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+    _NAP = np.uint32(50)
+
+# Places of `sync`, an int64 a cache line apart.
+_ARRIVED, _PHASE, _CALLS, _STOP, _N_SYNC = 0, 8, 16, 24, 32
+
+
+@compiled
+def _wait(sync, place, seen):
+    """Return when sync[place] differs from `seen`: spin, then let others run, then sleep between looks."""
+    spins = 0
+    while _atomic_load(sync, place, 0) == seen:
+        spins += 1
+        if spins > 20_000:
+            if spins < 40_000:
+                _yield()
+            else:
+                _sleep(_NAP if spins < 60_000 else np.uint32(20) * _NAP)
+
+
+@compiled
+def _barrier(sync, n):
+    """Return when all `n` threads have come here."""
+    if n == 1:
+        return
+    phase = _atomic_load(sync, _PHASE, 0)
+    if _atomic_add(sync, _ARRIVED, 1) == n - 1:
+        _atomic_store(sync, _ARRIVED, 0)
+        _atomic_store(sync, _PHASE, phase + 1)
+    else:
+        _wait(sync, _PHASE, phase)
+
+
+@compiled
+def product_rows(w, scales, x, out, first, last, n):
+    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n."""
+    if n == 1:
+        for r in range(first, last):
+            _one(w, scales, r, x, 0, out)
+        return
+    for r in range(first, last - 1, 2):
+        j = 0
+        while n - j >= 8:
+            _two_by_eight(w, scales, r, x, j, out)
+            j += 8
+        while n - j >= 4:
+            _one_by_four(w, scales, r, x, j, out)
+            _one_by_four(w, scales, r + 1, x, j, out)
+            j += 4
+        while n - j >= 1:
+            _one(w, scales, r, x, j, out)
+            _one(w, scales, r + 1, x, j, out)
+            j += 1
+    if (last - first) % 2:
+        for j in range(n):
+            _one(w, scales, last - 1, x, j, out)
+
+
+@compiled
+def _exp(x):
+    """e to the x, x <= 88, to 2e-7 of its value, by arithmetic only: a loop over it becomes vector instructions."""
+    y = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
+    whole = np.floor(y + np.float32(0.5))
+    f = (y - whole) * np.float32(0.6931471805599453)
+    p = np.float32(1 / 720)
+    p = p * f + np.float32(1 / 120)
+    p = p * f + np.float32(1 / 24)
+    p = p * f + np.float32(1 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1)
+    p = p * f + np.float32(1)
+    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def _normalise(x, weight, eps, out):
+    total = np.float32(0)
+    for i in range(weight.size):
+        total += x[i] * x[i]
+    scale = np.float32(1) / np.sqrt(total / np.float32(weight.size) + eps)
+    for i in range(weight.size):
+        out[i] = x[i] * scale * weight[i]
+
+
+@compiled
+def _attend(q, k, v, none, n_keys, scores, out):
+    """One key/value head: q (group, width), k and v (room, width) -> out (group, width), over the first n_keys keys."""
+    group, width = q.shape
+    g = 0
+    while group - g >= 4:
+        for j in range(n_keys):
+            _one_by_four(k, none, j, q, g, scores)
+        g += 4
+    while g < group:
+        for j in range(n_keys):
+            _one(k, none, j, q, g, scores)
+        g += 1
+    for g in range(group):
+        s = scores[g]
+        best = s[0]
+        for j in range(n_keys):
+            best = max(best, s[j])
+        total = np.float32(0)
+        for j in range(n_keys):
+            e = _exp(s[j] - best)
+            s[j] = e
+            total += e
+        o = out[g]
+        for d in range(width):
+            o[d] = np.float32(0)
+        whole = n_keys - n_keys % 8
+        for j in range(0, whole, 8):
+            v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
+            v4, v5, v6, v7 = v[j + 4], v[j + 5], v[j + 6], v[j + 7]
+            for d in range(width):
+                even = s[j] * _widen(v0[d]) + s[j + 1] * _widen(v1[d])
+                odd = s[j + 2] * _widen(v2[d]) + s[j + 3] * _widen(v3[d])
+                even += s[j + 4] * _widen(v4[d]) + s[j + 5] * _widen(v5[d])
+                odd += s[j + 6] * _widen(v6[d]) + s[j + 7] * _widen(v7[d])
+                o[d] += even + odd
+        for j in range(whole, n_keys):
+            for d in range(width):
+                o[d] += s[j] * _widen(v[j, d])
+        scale = np.float32(1) / total
+        for d in range(width):
+            o[d] *= scale
+
+
+@compiled
+def work(me, sync, network, state):
+    """One token of each sequence, by a team. Thread 0 calls this for each step; the others call it once, and help until
+    they are told to stop.
+
+    network: (embedding, wqkv, wo, w13, w2, output, each weight with its scales, norms, cos, sin, eps, head_dim, n_kv).
+    state: (numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up,
+        hidden, update, logits, best). numbers: how many tokens, how many threads.
+    """
+    embedding, wqkv, s_qkv, wo, s_o, w13, s_13, w2, s_2, output, s_out, norms, cos, sin, eps, head_dim, n_kv = network
+    numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up, hidden = (
+        state[:15]
+    )
+    update, logits, best = state[15:]
+    threads = numbers[1]
+    dim, n_layers = norms.shape[1], wqkv.shape[0]
+    n_heads = q.shape[1]
+    group = n_heads // n_kv
+    heads = n_heads + 2 * n_kv
+    ffn = w13.shape[1] // 2
+    mine = normed[me]
+    scale = np.float32(1 / np.sqrt(head_dim))
+    calls = 0
+    while True:
+        if me == 0:
+            _atomic_add(sync, _CALLS, 1)
+        else:
+            _wait(sync, _CALLS, calls)
+            calls = _atomic_load(sync, _CALLS, 0)
+            if _atomic_load(sync, _STOP, 0):
+                return
+        n = numbers[0]
+        for b in range(me, n, threads):
+            for i in range(dim):
+                x[b, i] = _widen(embedding[tokens[b], i])
+        _barrier(sync, threads)
+        for layer in range(n_layers):
+            # Queries, keys and values: whole heads to a thread, which rotates and stores what it has made.
+            for b in range(n):
+                _normalise(x[b], norms[2 * layer], eps, mine[b])
+            first, last = heads * me // threads, heads * (me + 1) // threads
+            product_rows(wqkv[layer], s_qkv[layer], mine, qkv, first * head_dim, last * head_dim, n)
+            for b in range(n):
+                place = positions[b]
+                for head in range(first, last):
+                    row = qkv[b, head * head_dim : (head + 1) * head_dim]
+                    if head < n_heads + n_kv:
+                        for i in range(head_dim // 2):
+                            even, odd, c, s = row[2 * i], row[2 * i + 1], cos[place, i], sin[place, i]
+                            row[2 * i], row[2 * i + 1] = even * c - odd * s, even * s + odd * c
+                    if head < n_heads:
+                        for i in range(head_dim):
+                            q[b, head, i] = row[i] * scale
+                    elif head < n_heads + n_kv:
+                        to = keys[layer, slots[b], head - n_heads, place]
+                        for i in range(head_dim):
+                            to[i] = _narrow(row[i], keys)
+                    else:
+                        to = values[layer, slots[b], head - n_heads - n_kv, place]
+                        for i in range(head_dim):
+                            to[i] = _narrow(row[i], values)
+            _barrier(sync, threads)
+            for item in range(n * n_kv * me // threads, n * n_kv * (me + 1) // threads):
+                b, head = item // n_kv, item % n_kv
+                here = q[b, head * group : (head + 1) * group]
+                k, v = keys[layer, slots[b], head], values[layer, slots[b], head]
+                _attend(here, k, v, s_o[0], positions[b] + 1, scores[me], mixed[me])
+                for g in range(group):
+                    for i in range(head_dim):
+                        attended[b, (head * group + g) * head_dim + i] = mixed[me, g, i]
+            _barrier(sync, threads)
+            first, last = dim * me // threads, dim * (me + 1) // threads
+            product_rows(wo[layer], s_o[layer], attended, update, first, last, n)
+            for b in range(n):
+                for i in range(first, last):
+                    x[b, i] += update[b, i]
+            _barrier(sync, threads)
+            # The feed-forward half: a thread has the same rows of gate and up.
+            for b in range(n):
+                _normalise(x[b], norms[2 * layer + 1], eps, mine[b])
+            begin, end = ffn * me // threads, ffn * (me + 1) // threads
+            product_rows(w13[layer], s_13[layer], mine, gate_up, begin, end, n)
+            product_rows(w13[layer], s_13[layer], mine, gate_up, ffn + begin, ffn + end, n)
+            for b in range(n):
+                for i in range(begin, end):
+                    gate = gate_up[b, i]
+                    hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * gate_up[b, ffn + i]
+            _barrier(sync, threads)
+            product_rows(w2[layer], s_2[layer], hidden, update, first, last, n)
+            for b in range(n):
+                for i in range(first, last):
+                    x[b, i] += update[b, i]
+            _barrier(sync, threads)
+        for b in range(n):
+            _normalise(x[b], norms[2 * n_layers], eps, mine[b])
+        vocab = output.shape[0]
+        first, last = vocab * me // threads, vocab * (me + 1) // threads
+        product_rows(output, s_out, mine, logits, first, last, n)
+        for b in range(
+            n
+        ):  # the likeliest of this thread's tokens, and 0 * their sum, which is NaN where one is not finite
+            top, index, zero = -np.inf, np.int64(first), np.float32(0)
+            for i in range(first, last):
+                z = logits[b, i]
+                zero += z * np.float32(0)
+                if z > top:
+                    top, index = z, np.int64(i)
+            best[me, b, 0], best[me, b, 1], best[me, b, 2] = top, index, zero
+        _barrier(sync, threads)
+        if me == 0:
+            return
+
+
+@compiled
+def _dismiss(sync):
+    _atomic_store(sync, _STOP, 1)
+    _atomic_add(sync, _CALLS, 1)
+
+
+class Team:
+    """Threads that compute steps together; the one that calls `step` is the first of them.
+
+    Helpers start with the first step and wait in machine code between steps, for a while awake and then asleep, so that
+    a step begins at once. They end with the team.
+    """
+
+    def __init__(self, threads: int, network: tuple, state: tuple) -> None:
+        self.threads, self.network, self.state = threads, network, state
+        state[0][1] = threads
+        self.process = None
+
+    def _start(self) -> None:
+        self.process, self.sync = os.getpid(), np.zeros(_N_SYNC, np.int64)
+        for me in range(1, self.threads):
+            arguments = (me, self.sync, self.network, self.state)
+            threading.Thread(target=work, args=arguments, daemon=True, name="decode").start()
+        weakref.finalize(self, _dismiss, self.sync)  # the helpers hold the arrays, not the team
+
+    def step(self) -> None:
+        """Compute what `state` asks for."""
+        if self.process != os.getpid():  # the first step, or the first after a fork, which copies no threads
+            self._start()
+        work(0, self.sync, self.network, self.state)

@@ -1,0 +1,229 @@
+"""The fast decoder: both engines give what the plain `generate` gives."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from llama_edu import LlamaConfig, Transformer, generate
+from llama_edu.errors import UserError
+from llama_edu.generation import fast
+from llama_edu.generation.decode import NonFiniteLogits
+from llama_edu.generation.fast import FastDecoder, FusedWeights, fast_generate
+from llama_edu.generation.kernels import product_rows
+from llama_edu.generation.quantize import Packed, quantize
+from llama_edu.generation.speculative import speculate
+
+SHAPE = dict(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=80, vocab_size=101, max_seq_len=64)
+PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
+
+
+def model(factor=2.0, **changes) -> Transformer:
+    torch.manual_seed(0)
+    m = Transformer(LlamaConfig(**{**SHAPE, **changes}))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(factor if p.dim() == 2 else 1)
+    return m
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("n", [1, 3, 8, 13])
+def test_the_product_is_that_of_the_dense_weights(kind, n):
+    torch.manual_seed(n)
+    packed, x = Packed.of(torch.randn(7, 96), kind), torch.randn(16, 96)
+    out = np.zeros((16, 7), np.float32)
+    product_rows(*fast._arrays(packed), x.numpy(), out, 1, 6, n)
+    exact = (x.double() @ packed.dense().double().T).numpy()
+    np.testing.assert_allclose(out[:n, 1:6], exact[:n, 1:6], rtol=1e-5, atol=1e-4)
+    assert (out[:, [0, 6]] == 0).all() and (out[n:] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True, "dim": 64}, {"n_heads": 8, "n_kv_heads": 1, "head_dim": 10}]
+)
+def test_float32_ids_are_those_of_generate(threads, changes):
+    m = model(**changes)
+    decoder = FastDecoder(m, batch_size=3, threads=threads)
+    for options in (
+        {},
+        dict(temperature=0.9, top_k=30, top_p=0.9, min_p=0.01, seed=3),
+        dict(stop_ids=(generate(m, PROMPTS, max_new_tokens=6)[0][5],)),
+    ):
+        assert decoder.generate(PROMPTS, max_new_tokens=20, **options) == generate(
+            m, PROMPTS, max_new_tokens=20, **options
+        )
+    assert decoder.generate([[5, 6]], max_new_tokens=9) == generate(
+        m, [[5, 6]], max_new_tokens=9
+    )  # again, smaller
+    stream = decoder.generate(PROMPTS, max_new_tokens=4, stream=True)
+    assert list(stream) == list(generate(m, PROMPTS, max_new_tokens=4, stream=True))
+
+
+def test_sixteen_sequences_and_the_whole_context():
+    m = model()
+    prompts = [[i + 1] * (1 + i % 5) for i in range(16)]
+    assert fast_generate(m, prompts, max_new_tokens=30) == generate(m, prompts, max_new_tokens=30)
+    longest = [[3] * 10]
+    assert fast_generate(m, longest, max_new_tokens=54) == generate(m, longest, max_new_tokens=54)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_weights_may_be_quantised_before_or_by_the_decoder(kind):
+    m = model()
+    q = quantize(m, kind)
+    a, b = FastDecoder(q), FastDecoder(m, weights=kind)
+    prompt = [4, 9, 2]
+    with torch.no_grad():
+        exact = q(torch.tensor([[*prompt, 5]]))[0]
+    for decoder in (a, b):
+        first = decoder.prefill([prompt])
+        torch.testing.assert_close(first[0], exact[2], rtol=0, atol=0.05 * float(exact.std()))  # its cache is bfloat16
+        torch.testing.assert_close(decoder.step([5])[0], exact[3], rtol=0, atol=0.05 * float(exact.std()))
+
+
+def test_bfloat16_is_closer_to_exact_arithmetic_than_the_plain_model():
+    m = model(1.0).to(torch.bfloat16)
+    text = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    decoder = FastDecoder(m)
+    decoder.prefill([text[:10]])
+    ours = torch.cat([decoder.step([t]).clone() for t in text[10:]])
+    with torch.no_grad():
+        plain, exact = m(torch.tensor([text]))[0, 10:], m.float()(torch.tensor([text]))[0, 10:]
+    assert (ours - exact).abs().max() < 0.05 * exact.std()
+    assert (ours - exact).norm() < (plain - exact).norm()
+
+
+def test_extend_reads_several_tokens_and_truncate_forgets_them():
+    m = model()
+    decoder = FastDecoder(m, batch_size=2)
+    decoder.prefill([[1, 2], [3]])
+    tokens = list(range(10, 31))
+    with torch.no_grad():
+        exact = m(torch.tensor([[3, *tokens]]))[0, 1:]
+    torch.testing.assert_close(decoder.extend(tokens, slot=1), exact, rtol=1e-3, atol=1e-3)
+    decoder.truncate(6, slot=1)
+    torch.testing.assert_close(decoder.step([15], [1])[0], exact[5], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="slot 0 holds 2 tokens and cannot be cut to 3"):
+        decoder.truncate(3)
+
+
+def test_speculation_with_decoders_gives_the_ids_of_the_target():
+    m, draft = model(), model(1.5, n_layers=1)
+    for prompt in ([4], [1, 2, 3]):
+        result = speculate(FastDecoder(m), FastDecoder(draft), prompt, max_new_tokens=20)
+        assert result.ids == generate(m, [prompt], max_new_tokens=20)[0]
+
+
+def test_helpers_end_with_their_decoder():
+    before = {t for t in threading.enumerate() if t.name == "decode"}
+    decoder = FastDecoder(model(), threads=3)
+    decoder.step([1])
+    ours = {t for t in threading.enumerate() if t.name == "decode"} - before
+    assert len(ours) == 2
+    del decoder
+    gc.collect()
+    end = time.monotonic() + 20
+    while any(t.is_alive() for t in ours) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(t.is_alive() for t in ours)
+
+
+def test_the_weights_are_read_once_each():
+    m = model(dim=64, ffn_dim=128, tie_embeddings=True)
+    w = FusedWeights(m)
+    table = m.tok_embeddings.weight.numel()
+    matrices = table + sum(p.numel() for name, p in m.layers.named_parameters() if p.dim() == 2)
+    assert w.nbytes == 4 * matrices
+    assert w.embedding.data_ptr() == w.output.values.data_ptr()
+    assert FusedWeights(m, "int8").nbytes < 0.3 * w.nbytes
+
+
+def test_what_cannot_work_is_refused_with_a_sentence(monkeypatch):
+    m = model()
+    with pytest.raises(UserError, match="a decoder for 1 sequences of 65 tokens"):
+        FastDecoder(m, max_seq_len=65)
+    with pytest.raises(UserError, match="engine is 'magic'"):
+        FastDecoder(m, engine="magic")
+    with pytest.raises(UserError, match="this model mixes several"):
+        FastDecoder(quantize(model(n_layers=3), "fp8"), engine="kernels")
+    with pytest.raises(ValueError, match="this decoder has room for 1 of 64"):
+        FastDecoder(m).generate(PROMPTS, max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        fast_generate(m, [[]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        fast_generate(m, [[1]], max_new_tokens=2, temperature=-1.0)
+    decoder = FastDecoder(m, max_seq_len=1)
+    decoder.step([1])
+    with pytest.raises(ValueError, match="slot 0 is full"):
+        decoder.step([1])
+    with torch.no_grad():
+        m.layers["1"].feed_forward.w2.weight[3, 5] = torch.nan
+    with pytest.raises(NonFiniteLogits, match="row 0"):
+        fast_generate(m, [[1, 2]], max_new_tokens=3)
+    assert fast_generate(m, [], max_new_tokens=3) == []
+    monkeypatch.setattr(fast, "_compiler", lambda: None)
+    with pytest.warns(UserWarning, match="finds none: the kernels decode instead"):
+        assert FastDecoder(model(), engine="compiled").engine == "kernels"
+
+
+def test_a_nan_that_appears_while_decoding_is_found():
+    m = model()
+    with torch.no_grad():
+        m.tok_embeddings.weight[:] = 0.1
+        m.tok_embeddings.weight[50] = torch.nan
+    decoder = FastDecoder(m)
+    decoder.step([50])
+    assert decoder._run.likeliest(1)[1] is False
+    decoder.truncate(0)
+    decoder.step([3])
+    assert decoder._run.likeliest(1)[1] is True
+
+
+COMPILED = """
+import torch
+from llama_edu import LlamaConfig, Transformer, generate
+from llama_edu.generation.fast import FastDecoder
+from llama_edu.generation.quantize import quantize
+
+torch.manual_seed(0)
+device = DEVICE
+model = Transformer(LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=50, max_seq_len=32))
+with torch.no_grad():
+    for p in model.parameters():
+        p.mul_(2 if p.dim() == 2 else 1)
+model = model.to(device)
+decoder = FastDecoder(model, engine="compiled")
+for prompt in ([1, 2, 3], [7]):
+    assert decoder.generate([prompt], max_new_tokens=12) == generate(model, [prompt], max_new_tokens=12)
+if device == "cuda":
+    half = FastDecoder(quantize(model.to(torch.bfloat16), "fp8"), max_seq_len=32)
+    assert len(half.generate([[1, 2, 3]], max_new_tokens=8)[0]) == 8
+print("the same ids")
+"""
+
+
+def run_apart(device: str) -> str:
+    """The checks of annotations while tests run make a model untraceable: a fresh process has none."""
+    source = COMPILED.replace("DEVICE", repr(device))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(fast._compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_engine_gives_the_ids_of_generate():
+    assert "the same ids" in run_apart("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_compiled_engine_on_a_gpu():
+    assert "the same ids" in run_apart("cuda")
