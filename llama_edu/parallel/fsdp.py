@@ -34,11 +34,13 @@ def apply_fsdp(
 ) -> nn.Module:
     """Divide every parameter over a mesh: each layer one group, what lies outside the layers another.
 
-    What is sent, of a layer's N bytes over n ranks, by each rank:
+    What is sent, of a layer's N bytes over n ranks, by each rank::
+
         before its forward pass    all-gather of the parameters, (n - 1)/n N;
         before its backward pass   the same again, if `reshard_after_forward` has freed them;
         after its backward pass    reduce-scatter of the gradient, (n - 1)/n N in float32;
         on a mesh of two axes      all-reduce of the rank's part of the gradient over the first.
+
     While a layer computes, the next one's parameters are on their way.
 
     Gradients are added, not averaged: the loss has been divided by the number of targets of all ranks.

@@ -24,7 +24,8 @@ __all__ = ['apply_tp', 'parallel_cross_entropy']
 def apply_tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Divide a Transformer, or a stage of one, over the ranks of a mesh of one axis.
 
-    What is sent, for N bytes of the residual stream over n ranks, by each rank:
+    What is sent, for N bytes of the residual stream over n ranks, by each rank::
+
         before attention and before the feed-forward half   all-gather of the sequence, (n - 1)/n N;
         after each                                          reduce-scatter of the summands, (n - 1)/n N;
         in the backward pass                                the same two, the other way round;
