@@ -202,7 +202,9 @@ class LitGPT(Torch):
             rope_adjustments=scaling,
         )
         dtype = getattr(torch, args.dtype)
-        model = GPT(config).to(dtype)
+        torch.set_default_dtype(dtype)
+        model = GPT(config)
+        torch.set_default_dtype(torch.float32)
         if cfg.tie_embeddings:
             model.lm_head.weight = model.transformer.wte.weight
         self.model = fill(model).to(args.device).eval()
@@ -445,7 +447,7 @@ def cell(args: argparse.Namespace, size: str, dtype: str, batch: int) -> None:
 
     def answer(name: str) -> dict[str, Any]:
         line = workers[name].stdout.readline()
-        result = json.loads(line) if line else {"error": (errors / "log").read_text()[-200:].replace("\n", " ")}
+        result = json.loads(line) if line else {"error": (errors / name).read_text()[-200:].replace("\n", " ")}
         if "error" in result:
             absent[name] = result["error"]
             workers.pop(name).kill()
@@ -464,11 +466,15 @@ def cell(args: argparse.Namespace, size: str, dtype: str, batch: int) -> None:
             command = [sys.executable, __file__, "--worker", name, "--size", size, "--dtype", dtype]
             command += ["--batch", str(batch), "--threads", str(args.threads), "--seconds", str(args.seconds)]
             command += ["--device", args.device]
-            log = (errors / "log").open("w")
+            log = (errors / name).open("w")
             workers[name] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
             )
-            answer(name)  # one after the other: compilers would get in each other's way
+            if size in ("1b", "8b"):
+                answer(name)  # one after the other: building takes more memory than having
+    if size not in ("1b", "8b"):
+        for name in list(workers):
+            answer(name)
     rounds: list[dict[str, dict[str, float]]] = []
     for _ in range(args.repeats):
         results = {}
@@ -519,7 +525,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "int8", "int4"])
     parser.add_argument("--batches", nargs="+", type=int)
     peers = [name for name in CONTENDERS if name != "ours"]
-    parser.add_argument("--peers", nargs="*", default=[p for p in peers if "eager" not in p], choices=peers)
+    parser.add_argument("--peers", nargs="*", default=[p for p in peers if "," not in p], choices=peers)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="most seconds of decoding in a round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
