@@ -37,13 +37,6 @@ CONFIG = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _logits_in_float64(monkeypatch):
-    """A Transformer returns float32 logits, which would hide all that lies below 1e-7."""
-    to_float = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
-
-
 def batch():
     g = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, MODEL.vocab_size, (8, 33), generator=g)

@@ -47,22 +47,9 @@ def config(tokens, tmp_path):
     )
 
 
-@pytest.fixture(autouse=True)
-def _in_float64(monkeypatch):
-    """Weights, logits and all between in float64, so that the order of sums shows below 1e-12."""
-    to_float = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
-
-
 def start(config):
     torch.manual_seed(3)
     return Transformer(config.model).double()
-
-
-@pytest.fixture(autouse=True)
-def _no_look_at_the_disk(monkeypatch):
-    """The saver's look for free space asks a DTensor for its storage, which has none."""
-    monkeypatch.setattr("llama_edu.training.checkpoint._need_space", lambda folder, state: None)
 
 
 class Stopped(Exception):
@@ -186,9 +173,6 @@ def _lines(out):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="the saver's look for free space asks a DTensor for its storage, which has none", strict=False
-)
 def test_torchrun_and_one_process_tell_the_same(tokens, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", "--no-python"]
     torchrun = [

@@ -321,7 +321,8 @@ def _dcp(verb: str, state: dict[str, Any], path: Path, group: Any) -> None:
 def _need_space(folder: Path, state: dict[str, Any]) -> None:
     """Raise UserError where the disk has no room for the tensors of `state`."""
     tensors = [v for part in state.values() for v in part.values() if isinstance(v, torch.Tensor)]
-    need = sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+    place = lambda t: (t.to_local() if hasattr(t, "to_local") else t).untyped_storage().data_ptr()
+    need = sum({place(t): t.numel() * t.element_size() for t in tensors}.values())  # tied matrices count once
     free = shutil.disk_usage(folder).free
     if free < 1.02 * need + 2**20:
         raise UserError(
