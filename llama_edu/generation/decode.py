@@ -6,14 +6,15 @@ __all__ = ['NonFiniteLogits', 'nonfinite', 'check_prompts', 'generate']
 # %% ../../notebooks/50_kv_cache.ipynb #8e3fa358
 __doc__ = "Writing text: the choice of the next token, and batches of prompts of any lengths through one cache."
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 from ..config import LlamaConfig
 from ..model.transformer import Transformer, first_nonfinite
 from .cache import KVCache
-from .sampling import Choose, Sampler
+from .sampling import Choose, Constraint, Sampler, TokenLogProb, log_probabilities
+from .text import StopText, Streaming, check_stops
 
 
 class NonFiniteLogits(ValueError):
@@ -83,8 +84,14 @@ def _decode(
     choose: Choose,
     stop_ids: Collection[int],
     cache: KVCache,
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, id) step by step, the rows in order within a step."""
+    ends: Callable[[int, list[int]], bool] | None = None,
+    logprobs: int | None = None,
+) -> Iterator[tuple[int, int, TokenLogProb | None]]:
+    """Yield (row, id, its log-probability where asked for) step by step, the rows in order within a step.
+
+    Args:
+        ends: of a row and its new ids: that row ends with them.
+    """
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest, rows = int(lengths.max()), list(range(len(prompts)))
@@ -101,10 +108,15 @@ def _decode(
             raise NonFiniteLogits(nonfinite(model, f"row {row}", ids[row]))
         chosen = choose(logits, rows, step, [ids[row] for row in rows])
         new = chosen.tolist()
-        going = [i for i, token in enumerate(new) if token not in stop_ids]
-        for i in going:
-            ids[rows[i]].append(new[i])
-            yield rows[i], new[i]
+        scores = [None] * len(new) if logprobs is None else log_probabilities(logits, chosen, logprobs)
+        going = []
+        for i, (row, token) in enumerate(zip(rows, new)):
+            if token in stop_ids:
+                continue
+            ids[row].append(token)
+            yield row, token, scores[i]
+            if ends is None or not ends(row, ids[row][len(prompts[row]) :]):
+                going.append(i)
         if not going or step == max_new_tokens - 1:
             return
         if len(going) < len(rows):  # what has ended costs nothing any more
@@ -124,11 +136,21 @@ def generate(
     min_p: float | None = None,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] | Callable[[list[int]], bool] = (),
+    tokenizer: Streaming | None = None,
+    logprobs: int | None = None,
+    constraint: Constraint | None = None,
     choose: Choose | None = None,
     cache: KVCache | None = None,
     cache_dtype: torch.dtype | None = None,
     stream: bool = False,
-) -> list[list[int]] | Iterator[tuple[int, int]]:
+) -> (
+    list[list[int]]
+    | tuple[list[list[int]], list[list[TokenLogProb]]]
+    | Iterator[tuple[int, int]]
+    | Iterator[tuple[int, int, TokenLogProb]]
+):
     """Continue prompts, token by token, with a cache of keys and values.
 
     Each row gets what it would get alone, sampled or not, up to rounding: a kernel may add in another order when the
@@ -144,11 +166,20 @@ def generate(
         min_p: draw from the tokens at least this many times as likely as the likeliest. The three apply in this order.
         stop_ids: an id that ends its row; it is not returned.
         seed: row r draws from a random stream made of (seed, r); None takes a seed from torch's global generator.
-        choose: makes the choice itself, instead of the options above.
+        repetition_penalty: divides positive logits of ids that stand in prompt or text, and multiplies negative ones.
+        stop: texts that end a row, which need a `tokenizer`; or a function of a row's new ids that is True at the end.
+            The id that completes a stop is returned, as its text may begin before it: `cut_at_stop` and `StopText`
+            give the text before the stop.
+        tokenizer: the model's; for texts in `stop`.
+        logprobs: also give the log-probability of each id, and of this many likeliest tokens, before any option changed
+            the distribution: the result is then a pair, ids and their `TokenLogProb`s.
+        constraint: changes the logits before the choice, such as a `JSONConstraint`.
+        choose: makes the choice itself, instead of temperature, top_k, top_p, min_p, seed, repetition_penalty and
+            constraint.
         cache: of one sequence: goes on where that ends, so the prompt is only what comes next. Afterwards it holds all
             that was read, which is all but the last new id.
         cache_dtype: of the keys and values kept: None that of the model, torch.int8 for about half of bfloat16's bytes.
-        stream: give an iterator of (row, id), as they come, instead of lists.
+        stream: give an iterator of (row, id), or (row, id, TokenLogProb) with `logprobs`, as they come.
 
     Returns:
         The new ids of each row, without prompt and stop id.
@@ -161,11 +192,23 @@ def generate(
     Example:
         >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=8, temperature=0.8, top_p=0.95, seed=0)
     """
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    options = dict(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+        constraint=constraint,
+    )
     given = [name for name, value in options.items() if value != (0.0 if name == "temperature" else None)]
     if choose is not None and given:
         raise ValueError(f"`choose` makes the choice, so {' and '.join(given)} would be ignored: give one or the other")
     choose = Sampler(**options) if choose is None else choose
+    ends = _ending(stop, tokenizer)
+    if logprobs is not None and not 0 <= logprobs <= model.cfg.vocab_size:
+        raise ValueError(f"logprobs is {logprobs}; it is a number of tokens, from 0 to {model.cfg.vocab_size}")
+    _check_constraint(constraint, max_new_tokens, stop_ids)
     if cache is not None and (len(prompts), len(cache.lengths)) != (1, 1):
         raise ValueError(f"{len(prompts)} prompts and a cache of {len(cache.lengths)} sequences: it takes one of each")
     if cache is not None and cache_dtype is not None:
@@ -180,14 +223,55 @@ def generate(
             dtype=cache_dtype or weight.dtype,
             device=weight.device,
         )
-    steps = _decode(model, prompts, max_new_tokens, choose, frozenset(stop_ids), cache) if prompts else iter(())
+    steps = iter(())
+    if prompts:
+        steps = _decode(model, prompts, max_new_tokens, choose, frozenset(stop_ids), cache, ends, logprobs)
     if stream:
-        return steps
+        return steps if logprobs is not None else ((row, token) for row, token, _ in steps)
     new: list[list[int]] = [[] for _ in prompts]
+    scores: list[list[TokenLogProb]] = [[] for _ in prompts]
     try:
-        for row, token in steps:
+        for row, token, score in steps:
             new[row].append(token)
+            scores[row].append(score)
     except NonFiniteLogits as error:
         error.ids = new
         raise
-    return new
+    return new if logprobs is None else (new, scores)
+
+
+def _ending(
+    stop: Sequence[str] | Callable[[list[int]], bool], tokenizer: Streaming | None
+) -> Callable[[int, list[int]], bool] | None:
+    """Whether a row has come to its end, by its new ids; None where only stop ids end one."""
+    if callable(stop):
+        if tokenizer is not None:
+            raise ValueError("`stop` is a function of ids, so the tokenizer would be ignored: drop one of them")
+        return lambda row, ids: stop(ids)
+    stops = check_stops(stop)
+    if bool(stops) != (tokenizer is not None):
+        has, lacks = ("stop texts", "tokenizer") if stops else ("a tokenizer", "stop texts")
+        raise ValueError(f"there are {has}, but no {lacks}: `stop` is looked for in the text, which takes both")
+    if not stops:
+        return None
+    texts: dict[int, StopText] = {}
+
+    def ends(row: int, ids: list[int]) -> bool:
+        text = texts.setdefault(row, StopText(tokenizer, stops))
+        text.push(ids[-1])
+        return text.stopped
+
+    return ends
+
+
+def _check_constraint(constraint: Constraint | None, max_new_tokens: int, stop_ids: Collection[int]) -> None:
+    needs, stop_id = (getattr(constraint, name, None) for name in ("max_tokens", "stop_id"))
+    if needs is not None and max_new_tokens < needs:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}, but the constraint may take {needs} to complete its text: give it "
+            f"max_tokens={max_new_tokens}"
+        )
+    if stop_id is not None and stop_id not in stop_ids:
+        raise ValueError(
+            f"the constraint ends its text with the id {stop_id}, which is not in stop_ids: add it, or the text goes on"
+        )
