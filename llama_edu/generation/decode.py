@@ -172,7 +172,7 @@ def generate(
             give the text before the stop.
         tokenizer: the model's; for texts in `stop`.
         logprobs: also give the log-probability of each id, and of this many likeliest tokens, before any option changed
-            the distribution: the result is then a pair, ids and their `TokenLogProb`s.
+            the distribution: the result is then a pair, the ids and a `TokenLogProb` for each.
         constraint: changes the logits before the choice, such as a `JSONConstraint`.
         choose: makes the choice itself, instead of temperature, top_k, top_p, min_p, seed, repetition_penalty and
             constraint.
