@@ -364,7 +364,7 @@ def work(me, sync, network, state):
 
     network: (embedding, wqkv, wo, w13, w2, output, each weight with its scales, norms, cos, sin, eps, head_dim, n_kv).
     state: (numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up,
-        hidden, update, logits, best). numbers: how many tokens, how many threads.
+    hidden, update, logits, best). numbers: how many tokens, how many threads.
     """
     embedding, wqkv, s_qkv, wo, s_o, w13, s_13, w2, s_2, output, s_out, norms, cos, sin, eps, head_dim, n_kv = network
     numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up, hidden = (
