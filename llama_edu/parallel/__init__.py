@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         search_plans,
         shard_shapes,
     )
+    from llama_edu.parallel.resilience import FlightRecorder, FlightReport, first_cause, last_words, read_flight_records
     from llama_edu.parallel.simulated import Cluster, Ledger
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "GPUS",
     "Cluster",
     "ClusterReport",
+    "FlightRecorder",
+    "FlightReport",
     "Ledger",
     "Link",
     "ParallelEngine",
@@ -40,9 +43,12 @@ __all__ = [
     "collective_cost",
     "daly_interval",
     "effective_time",
+    "first_cause",
     "join_ranks",
+    "last_words",
     "parallelize",
     "plan_cluster",
+    "read_flight_records",
     "run_ranks",
     "search_plans",
     "shard_shapes",
@@ -61,6 +67,7 @@ __getattr__, __dir__ = lazy(
         "launch": ("RankError", "run_ranks"),
         "parallelize": ("parallelize",),
         "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
+        "resilience": ("FlightRecorder", "FlightReport", "first_cause", "last_words", "read_flight_records"),
         "simulated": ("Cluster", "Ledger"),
     },
 )

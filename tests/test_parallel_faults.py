@@ -1,0 +1,255 @@
+"""Jobs on real ranks that are broken on purpose: they go on to the same bits, or stop in one sentence."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bytes_tokenizer import BytesTokenizer
+
+from llama_edu.data import write_tokens
+from llama_edu.errors import UserError
+from llama_edu.parallel.resilience import FlightRecorder, first_cause, read_flight_records
+from llama_edu.training.checkpoint import newest_checkpoint
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
+DP2 = {"dp": 2}
+
+
+class Driver:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count, self.calm = folder, 0, {}
+        texts = [f"line {i}: {i * i} is the square of {i}. " for i in range(280)]
+        write_tokens(texts, BytesTokenizer(), folder / "tokens")
+        here = Path(__file__).parent
+        command = [sys.executable, str(here / "fault_driver.py")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def run(self, *, plan=DP2, **job) -> dict:
+        self.count += 1
+        out = self.folder / f"run{self.count}"
+        job |= {"plan": plan, "data": str(self.folder / "tokens"), "out": str(out), "answer": f"{out}_said"}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        found = json.loads(self.process.stdout.readline())
+        assert "ranks" in found or "failed" in found, found["stderr"]
+        assert not newest_checkpoint(out / "checkpoints")[1], "what has the name of a checkpoint is whole"
+        assert not list((out / "checkpoints").glob(".step_*"))
+        if "ranks" in found:
+            entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            found["metrics"] = entries
+            assert [entry["step"] for entry in entries] == list(range(1, 13))
+        return found
+
+    def undisturbed(self, plan=DP2) -> dict:
+        key = json.dumps(plan)
+        if key not in self.calm:
+            self.calm[key] = self.run(plan=plan, changes={"checkpoint_every": 0})
+            assert self.calm[key]["ranks"][0]["attempt"] == 0
+        return self.calm[key]
+
+    def ends_the_same(self, found: dict, plan=DP2) -> None:
+        """After one restart, the weights of a run that was left in peace, and its losses."""
+        calm = self.undisturbed(plan)
+        assert "ranks" in found, found
+        assert [rank["attempt"] for rank in found["ranks"]] == [1] * len(calm["ranks"])
+        assert found["ranks"][0]["weights"] == calm["ranks"][0]["weights"]
+        assert [(e["step"], e["loss"]) for e in found["metrics"]] == [(e["step"], e["loss"]) for e in calm["metrics"]]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    driver = Driver(tmp_path_factory.mktemp("faults"))
+    yield driver
+    driver.process.stdin.close()
+    assert driver.process.wait(30) == 0
+
+
+def sentences(found: dict) -> list[str]:
+    return [line for line in found["stderr"].splitlines() if line.startswith("llama-edu: rank")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_in_training(driver, rank):
+    found = driver.run(fault={"kind": "kill", "rank": rank, "step": 7})
+    driver.ends_the_same(found)
+    assert [one["resumed_from"] for one in found["ranks"]] == [6, 6]
+    (sentence,) = sentences(found)
+    assert f"rank {rank}: was killed without a word" in sentence, sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("rank", "where"), [(0, "name"), (1, "tensors")])
+def test_a_rank_killed_while_saving(driver, rank, where, background):
+    fault = {"kind": "save", "rank": rank, "where": where, "count": 3}
+    found = driver.run(fault=fault, changes={"async_checkpoint": background})
+    driver.ends_the_same(found)
+    assert [one["resumed_from"] for one in found["ranks"]] == [4, 4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises(driver):
+    fault = {"kind": "raise", "rank": 1, "step": 7}
+    found = driver.run(fault=fault)
+    driver.ends_the_same(found)
+    told = "rank 1: RuntimeError: the memory of this rank is broken"
+    assert sentences(found) == [f"llama-edu: {told}"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_again_stops_the_job_in_one_sentence(driver):
+    found = driver.run(fault={"kind": "raise", "rank": 1, "step": 7, "always": True}, restarts=0)
+    told = "rank 1: RuntimeError: the memory of this rank is broken"
+    assert sentences(found) == [f"llama-edu: {told}"]
+    assert found["failed"] == f"RankError: {told}"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(driver, tmp_path):
+    found = driver.run(fault={"kind": "hang", "rank": 1, "step": 7}, timeout=5.0, flight=str(tmp_path))
+    driver.ends_the_same(found)
+    (sentence,) = sentences(found)
+    assert "rank 1: does not answer; rank 0 noticed: " in sentence, sentence
+    report = read_flight_records(tmp_path / "0")
+    assert report.late == (1,) and "rank 0 began allreduce number" in report.collective, report
+    assert str(report).startswith("rank 1 was late: ")
+
+
+@pytest.mark.slow
+def test_a_straggler_is_named(driver, tmp_path):
+    found = driver.run(fault={"kind": "slow", "rank": 1}, flight=str(tmp_path), changes={"checkpoint_every": 0})
+    calm = driver.undisturbed()
+    assert [rank["attempt"] for rank in found["ranks"]] == [0, 0]
+    assert found["ranks"][0]["weights"] == calm["ranks"][0]["weights"]
+    report = read_flight_records(tmp_path / "0")
+    assert report.slowest == 1 and report.late == (), (str(report), report.waited)
+    assert str(report).startswith("rank 1 is slow: ")
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_is_skipped_by_all(driver):
+    found = driver.run(fault={"kind": "nan", "rank": 1, "step": 5})
+    assert [entry["step"] for entry in found["metrics"] if entry["skipped"]] == [5]
+    for rank in found["ranks"]:
+        assert (rank["attempt"], rank["skipped"]) == (0, 1)
+        assert [step for step, _, skipped in rank["steps"] if skipped] == [5]
+    assert [x for x in found["ranks"][0]["steps"] if x[0] != 5] == [x for x in found["ranks"][1]["steps"] if x[0] != 5]
+
+
+@pytest.mark.slow
+def test_four_ranks_divided_two_ways(driver):
+    plan = {"dp": 2, "tp": 2}
+    found = driver.run(plan=plan, fault={"kind": "kill", "rank": 2, "step": 7})
+    driver.ends_the_same(found, plan)
+    (sentence,) = sentences(found)
+    assert "rank 2: was killed without a word" in sentence, sentence
+
+
+def words(folder, rank, time, sentence, lost=False):
+    (folder / f"rank_{rank}.words").write_text(json.dumps({"time": time, "sentence": sentence, "lost": lost}))
+
+
+def alive(folder, rank, pid, world=3):
+    entry = {"pid": pid, "host": socket.gethostname(), "world": world}
+    (folder / f"rank_{rank}.alive").write_text(json.dumps(entry))
+
+
+def test_first_cause(tmp_path):
+    assert first_cause(tmp_path) is None
+    for rank in range(3):
+        alive(tmp_path, rank, os.getpid())
+    words(tmp_path, 0, 5.0, "Connection closed by peer", lost=True)
+    assert first_cause(tmp_path) == (1, "does not answer, nor does rank 2; rank 0 noticed: Connection closed by peer")
+    alive(tmp_path, 2, 2**22 + 1)  # beyond the largest process number of Linux
+    rank, sentence = first_cause(tmp_path)
+    assert rank == 2 and sentence.startswith("was killed without a word")
+    # A rank with words of its own comes first, however late its clock, and before those that repeat it.
+    words(tmp_path, 1, 1.0, "rank 2: the disk is full")
+    assert first_cause(tmp_path) == (2, "the disk is full")
+    words(tmp_path, 2, 9.0, "the disk is full")
+    assert first_cause(tmp_path) == (2, "the disk is full")
+
+
+def recorder(folder, rank, calls, **how):
+    with FlightRecorder(folder, rank, **how) as flight:
+        for group, operation, ended in calls:
+            slot = flight.begin(operation, group, sizes=[[4, 4]])
+            if ended:
+                flight.end(*slot, waited=0.5)
+
+
+def test_flight_records_name_the_late_rank_and_the_collective(tmp_path):
+    both = [("0", "allreduce", True), ("1", "allgather", True)] * 3
+    recorder(tmp_path, 0, [*both, ("0", "broadcast", False)])
+    recorder(tmp_path, 1, both)
+    recorder(tmp_path, 2, [*both, ("0", "broadcast", False)])
+    report = read_flight_records(tmp_path)
+    assert report.late == (1,)
+    assert str(report) == (
+        "rank 1 was late: ranks 0, 2 began broadcast number 4 of group 0, sizes [[4, 4]], and it had not"
+    )
+    assert report.waited == {0: 3.0, 1: 3.0, 2: 3.0} and report.slowest is None
+    recorder(tmp_path, 1, [*both, ("0", "allreduce", False)])
+    said = str(read_flight_records(tmp_path))
+    assert said.startswith("ranks called different collectives as number 4: rank 0 broadcast, rank 1 allreduce"), said
+
+
+def test_a_flight_recorder_keeps_the_last_records(tmp_path):
+    recorder(tmp_path, 0, [("0", "allreduce", True)] * 25, size=10)
+    (found,) = read_flight_records(tmp_path).records.values()
+    assert [record["number"] for record in found] == list(range(16, 26))
+    assert all(record["finished"] for record in found)
+    assert str(read_flight_records(tmp_path)) == "no rank was late"
+
+
+def nccl(number, state):
+    return {
+        "record_id": number,
+        "process_group": ("0", "default_pg"),
+        "collective_seq_id": number,
+        "p2p_seq_id": 0,
+        "profiling_name": "nccl:all_reduce",
+        "time_created_ns": 10**9 * number,
+        "time_discovered_completed_ns": 10**9 * number if state == "completed" else None,
+        "input_sizes": ((3, 4),),
+        "state": state,
+        "is_p2p": False,
+    }
+
+
+def test_dumps_of_nccl(tmp_path):
+    for rank, last in ((0, 7), (1, 7), (2, 6)):
+        entries = [nccl(number, "scheduled" if number == 7 else "completed") for number in range(1, last + 1)]
+        (tmp_path / f"nccl_trace_rank_{rank}").write_bytes(pickle.dumps({"version": "2.4", "entries": entries}))
+    report = read_flight_records(tmp_path)
+    assert str(report) == (
+        "rank 2 was late: ranks 0, 1 began all_reduce number 7 of group 0, sizes ((3, 4),), and it had not"
+    )
+    assert report.waited == {}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("must_not_exist",)
+
+
+def test_a_dump_is_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds no flight records"):
+        read_flight_records(tmp_path)
+    (tmp_path / "nccl_trace_rank_0").write_bytes(pickle.dumps({"entries": [Evil()]}))
+    with pytest.raises(UserError, match=r"is refused: it asks for (posix|nt)\.mkdir"):
+        read_flight_records(tmp_path)
+    assert not (tmp_path / "must_not_exist").exists()
+    (tmp_path / "nccl_trace_rank_0").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="is no flight record"):
+        read_flight_records(tmp_path)
