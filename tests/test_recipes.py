@@ -46,7 +46,8 @@ def test_printed_values():
     )  # fmt: skip
     big = recipe("llama-3.1-405b", **WHERE)
     assert (big.lr, big.lr * big.min_lr_ratio, big.warmup, big.steps) == (8e-5, pytest.approx(8e-7), 8000, 1_200_000)
-    sizes = [batch_size_at(t, big.batch_size, big.batch_ramp) * big.seq_len for t in (0, 252_000_000, 2_870_000_000_000)]
+    at = (0, 252_000_000, 2_870_000_000_000)
+    sizes = [batch_size_at(t, big.batch_size, big.batch_ramp) * big.seq_len for t in at]
     assert sizes == [2**22, 2**23, 2**24]
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..model.transformer import Transformer
 from .cache import KVCache
 from .decode import NonFiniteLogits, check_prompts, nonfinite
-from ..model.transformer import Transformer
 
 
 class Beam(NamedTuple):
