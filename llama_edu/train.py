@@ -17,6 +17,8 @@ from llama_edu.errors import UserError
 from llama_edu.generation import generate
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.engine import ParallelEngine
+from llama_edu.parallel.launch import RankError
+from llama_edu.parallel.resilience import last_words
 from llama_edu.training.command import run_command
 
 __all__ = ["main"]
@@ -25,6 +27,7 @@ __all__ = ["main"]
 @dataclass(frozen=True, kw_only=True)
 class _Plan(ParallelPlan):
     dp: int = 0
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.dp == 0:
@@ -33,8 +36,10 @@ class _Plan(ParallelPlan):
         super().__post_init__()
 
 
-_Plan.__doc__ = (ParallelPlan.__doc__ or "").replace(
-    "dp: data parallel:", "dp: 0: all that the others leave. Data parallel:"
+_Plan.__doc__ = (
+    (ParallelPlan.__doc__ or "")
+    .replace("dp: data parallel:", "dp: 0: all that the others leave. Data parallel:")
+    .replace("    Raises:", "        timeout: seconds that ranks wait for one that does not answer.\n\n    Raises:", 1)
 )
 
 
@@ -54,25 +59,35 @@ def _make_sampler(tokenizer: Any) -> Callable[[Any, list[str]], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train on the ranks of torchrun, or on one. Returns the exit code: 0, or 2 for a mistake of the user's."""
-    rank = int(os.environ.get("RANK", 0))
+    """Train on the ranks of torchrun, or on one.
+
+    Returns:
+        The exit code: 0; 2 for a mistake of the user's; 1 where a rank failed, which is told in one sentence.
+    """
     try:
-        code = run_command(
-            sys.argv[1:] if argv is None else argv,
+        with last_words():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            return code
+    except RankError:  # its sentence is on stderr already; the ranks that are left cannot end together
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        return run_command(
+            argv,
             prog="torchrun --nproc-per-node N -m llama_edu.train",
             sections={"parallel": _Plan},
-            make_engine=lambda sections: ParallelEngine(sections["parallel"]),
+            make_engine=lambda sections: ParallelEngine(sections["parallel"], timeout=sections["parallel"].timeout),
             make_sampler=_make_sampler,
         )
     except UserError as error:
-        # All ranks raise the same sentence: once is enough.
-        if rank == 0:
+        if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise the same sentence: once is enough
             print(f"llama-edu: {error}", file=sys.stderr, flush=True)
-        code = 2
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return code
+        return 2
 
 
 if __name__ == "__main__":

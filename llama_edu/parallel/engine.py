@@ -23,6 +23,7 @@ from llama_edu.parallel.cp import chunk_positions
 from llama_edu.parallel.dims import ParallelPlan, build_mesh
 from llama_edu.parallel.parallelize import parallelize
 from llama_edu.parallel.pp import Pipeline
+from llama_edu.parallel.resilience import attempt_store, limit_waiting
 from llama_edu.parallel.tp import parallel_cross_entropy
 from llama_edu.training.config import TrainConfig
 from llama_edu.training.engine import Engine
@@ -46,7 +47,9 @@ def join_ranks(timeout: float = 600.0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = attempt_store(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
 
@@ -58,12 +61,17 @@ class ParallelEngine(Engine):
     of each. The loss is divided by the targets of all ranks, and gradients are added: the sum is the gradient of one
     process but for the order of additions.
 
+    Args:
+        plan: how the work is divided.
+        timeout: seconds after which a collective that a rank does not join fails.
+
     Raises:
         UserError: there are more or fewer ranks than the plan needs.
     """
 
-    def __init__(self, plan: ParallelPlan) -> None:
-        join_ranks()
+    def __init__(self, plan: ParallelPlan, *, timeout: float = 600.0) -> None:
+        join_ranks(timeout)
+        self.timeout = timeout
         self.plan, self.rank, self.world_size = plan, dist.get_rank(), dist.get_world_size()
         plan.check_world(self.world_size)
         # Small things travel between the hosts, on a group that no tensor of the step can block.
@@ -90,6 +98,7 @@ class ParallelEngine(Engine):
 
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
         plan, device = self.plan, self.device(config.device)
+        self._cfg = model.cfg
         plan.check_model(model.cfg)
         plan.check_sequence(config.seq_len)
         for size in (config.batch_size, *(size for _, size in config.batch_ramp)):
@@ -99,7 +108,7 @@ class ParallelEngine(Engine):
         if config.z_loss and plan.tp > 1:
             raise UserError(f"z_loss is {config.z_loss}, which tp {plan.tp} cannot do: set it or tp to the other's")
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        return parallelize(
+        divided = parallelize(
             model.to(device, dtype).train(),
             self.mesh,
             plan,
@@ -107,6 +116,8 @@ class ParallelEngine(Engine):
             compile=config.compile,
             bf16=config.precision.startswith("bf16") or (config.precision == "auto" and has_bf16(device)),
         )
+        limit_waiting(self.timeout)  # the groups of the mesh are all there now
+        return divided
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """As on one device. FSDP makes the bfloat16 copies of a precision that asks for them."""
@@ -238,9 +249,11 @@ class ParallelEngine(Engine):
             yield turn
 
     def sample(self, model: nn.Module, sampler: Callable[[nn.Module, list[str]], list[str]], prompts: list[str]):
-        """Only where every rank can run the whole model on a text of any length: under data parallel."""
-        plan = self.plan
-        return sampler(model, prompts) if plan.tp == plan.pp == plan.cp == 1 else None
+        """Rank 0 gathers the whole model and writes: generation is no forward pass, which a divided model needs."""
+        whole = whole_model(model, self._cfg, self.mesh, self._control)
+        texts = None if whole is None else sampler(whole.eval(), prompts)
+        self.barrier()
+        return texts
 
     def whole(self, model: nn.Module, config: TrainConfig) -> nn.Module | None:
         return whole_model(model, config.model, self.mesh, self._control)
