@@ -10,10 +10,10 @@ from llama_edu._lazy import lazy
 if TYPE_CHECKING:
     from llama_edu.parallel.cost import Link, collective_cost
     from llama_edu.parallel.dims import ParallelPlan, build_mesh
+    from llama_edu.parallel.divide import parallelize
     from llama_edu.parallel.engine import ParallelEngine, join_ranks
     from llama_edu.parallel.failures import daly_interval, effective_time, simulate, spares_needed, young_interval
     from llama_edu.parallel.launch import RankError, run_ranks
-    from llama_edu.parallel.parallelize import parallelize
     from llama_edu.parallel.planner import (
         GPU,
         GPUS,
@@ -65,7 +65,7 @@ __getattr__, __dir__ = lazy(
         "engine": ("ParallelEngine", "join_ranks"),
         "failures": ("daly_interval", "effective_time", "simulate", "spares_needed", "young_interval"),
         "launch": ("RankError", "run_ranks"),
-        "parallelize": ("parallelize",),
+        "divide": ("parallelize",),
         "planner": ("GPU", "GPUS", "ClusterReport", "PlanSearch", "plan_cluster", "search_plans", "shard_shapes"),
         "resilience": ("FlightRecorder", "FlightReport", "first_cause", "last_words", "read_flight_records"),
         "simulated": ("Cluster", "Ledger"),

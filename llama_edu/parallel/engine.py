@@ -21,7 +21,7 @@ from llama_edu.parallel.checkpoint import host_copy, whole_model
 from llama_edu.parallel.clip import clip_gradients
 from llama_edu.parallel.cp import chunk_positions
 from llama_edu.parallel.dims import ParallelPlan, build_mesh
-from llama_edu.parallel.parallelize import parallelize
+from llama_edu.parallel.divide import parallelize
 from llama_edu.parallel.pp import Pipeline
 from llama_edu.parallel.resilience import attempt_store, limit_waiting
 from llama_edu.parallel.tp import parallel_cross_entropy
