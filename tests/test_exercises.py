@@ -61,6 +61,20 @@ def test_skeleton_is_open_and_the_printed_solution_passes(topic, exercise):
     assert exercise.diagnose(define(known + "\n" + solutions[exercise.name], exercise.name)) is None
 
 
+@pytest.mark.parametrize("topic, exercise", ALL, ids=[f"{t}-{e.name}" for t, e in ALL])
+def test_two_hints_and_the_solution_follow_the_check(topic, exercise):
+    cells = nbformat.read(ROOT / "notebooks" / f"{exercise.lesson}.ipynb", as_version=4).cells
+    call = f"check_{exercise.name}({exercise.name})"
+    (place,) = [i for i, c in enumerate(cells) if c.cell_type == "code" and call in c.source.splitlines()]
+    folded = cells[place + 1]
+    assert folded.cell_type == "markdown", f"lesson {exercise.lesson}: no hints right after {call}"
+    own = re.split(r"^#+ ", folded.source, maxsplit=1, flags=re.M)[0]
+    ladder = ["Hint 1: where to look", "Hint 2: the next step", f"Solution: {exercise.name}"]
+    assert re.findall(r"<summary>(.*?)</summary>", own) == ladder
+    texts = re.findall(r"<details><summary>Hint [12].*?</summary>\n\n(.+?)\n\n</details>", own, re.S)
+    assert len(texts) == len(set(texts)) == 2, f"lesson {exercise.lesson}: the hints of {exercise.name} must differ"
+
+
 def test_what_is_solved_is_remembered_and_shown(tmp_path, monkeypatch, capsys):
     from llama_edu.cli.main import run
     from llama_edu.exercises import all_exercises, solved
