@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 
 from llama_edu.errors import UserError
-from llama_edu.generation import generate
+from llama_edu.generation.samples import make_sampler
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.engine import ParallelEngine
 from llama_edu.parallel.launch import RankError
@@ -43,21 +41,6 @@ _Plan.__doc__ = (
 )
 
 
-def _make_sampler(tokenizer: Any) -> Callable[[Any, list[str]], list[str]]:
-    """What writes the samples of a run, always with the same dice."""
-
-    def sample(model: Any, prompts: list[str]) -> list[str]:
-        ids = [tokenizer.encode(prompt, bos=tokenizer.bos_id is not None) for prompt in prompts]
-        room, stop = model.cfg.max_seq_len - max(map(len, ids)), tuple(tokenizer.special_tokens.values())
-        options = {"max_new_tokens": min(60, room), "temperature": 0.8, "top_p": 0.95, "seed": 0, "stop_ids": stop}
-        try:
-            return [tokenizer.decode(row) for row in generate(model, ids, **options)]
-        except ValueError as error:  # a prompt that is too long: no reason to stop a run
-            return [f"({error})"] * len(prompts)
-
-    return sample
-
-
 def main(argv: list[str] | None = None) -> int:
     """Train on the ranks of torchrun, or on one.
 
@@ -82,7 +65,7 @@ def _run(argv: list[str]) -> int:
             prog="torchrun --nproc-per-node N -m llama_edu.train",
             sections={"parallel": _Plan},
             make_engine=lambda sections: ParallelEngine(sections["parallel"], timeout=sections["parallel"].timeout),
-            make_sampler=_make_sampler,
+            make_sampler=make_sampler,
         )
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise the same sentence: once is enough
