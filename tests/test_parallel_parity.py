@@ -6,8 +6,12 @@ and so moves a weight with a gradient of nearly nothing by up to lr = 1e-2, in a
 bfloat16 keeps 8 bits, each number is off by up to 0.4 %, and a dozen products follow each other: 4 % of the norm.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +177,18 @@ def test_bfloat16_beside_float32_sums(plan):
         error = sum((g - true_gradients[name]).square().sum() for name, g in gradients.items()).sqrt()
         assert error < 0.04 * true_norm
         assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same():
+    """In a process of its own: the checks of shapes under pytest cannot be traced."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
+        "for plan in (t.P(dp=2), t.P(cp=2), t.P(pp=2)):\n"
+        "    print(max(t.differences(plan, replace(t.CONFIG, compile=True))))"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 3 and max(map(float, done.stdout.split())) < 1e-12
