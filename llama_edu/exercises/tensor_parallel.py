@@ -1,4 +1,4 @@
-"""Checks for the exercises of lesson 42: the way a matrix is cut, the loss of cut scores, a layer that stays cut."""
+"""Checks for the exercises of lesson 42: the way a matrix is cut, the loss of cut logits, a layer that stays cut."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_cut(attempt) -> str | None:
     return None
 
 
-def _scores() -> tuple[Tensor, Tensor]:
+def _logits() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = 300 * torch.randn(32, 256, dtype=torch.float64, generator=generator)
     return logits, torch.randint(256, (32,), generator=generator)
@@ -66,7 +66,7 @@ _LOSS_BYTES = 1200
 
 @exercise(lesson="42_tensor_parallel", level=2, minutes=25)
 def check_vocab_loss(attempt) -> str | None:
-    logits, targets = _scores()
+    logits, targets = _logits()
     right = F.cross_entropy(logits, targets)
     cluster = Cluster(tp=4)
     blocks = cluster.place(logits, 1)
@@ -75,7 +75,7 @@ def check_vocab_loss(attempt) -> str | None:
             out = attempt(cluster, list(blocks), targets.clone())
         except RuntimeError as error:
             if "has to be sent first" in str(error):
-                return "A rank read another rank's scores without a message: only collectives may cross."
+                return "A rank read another rank's logits without a message: only collectives may cross."
             raise
     if not isinstance(out, (list, tuple)) or len(out) != 4:
         return "Return a list with the loss of each rank."
@@ -92,18 +92,18 @@ def check_vocab_loss(attempt) -> str | None:
         if torch.allclose(values, (right - top).expand(4), rtol=1e-9) or torch.allclose(
             values, (right + 3 * logits.gather(1, targets[:, None]).mean()).expand(4), rtol=1e-9
         ):
-            return "The maximum was subtracted from the sum, but not from the score of the target: add it again."
+            return "The maximum was subtracted from the sum, but not from the logit of the target: add it again."
         found = logits.gather(1, targets[:, None])[:, 0]
         local = torch.stack([b.gather(1, (targets % 64)[:, None])[:, 0] for b in blocks]).sum(0)
         if torch.allclose(values, (right + (found - local).mean()).expand(4), rtol=1e-9):
-            return "Every rank added a score for the target: those that do not have its word must contribute 0."
+            return "Every rank added a logit for the target: those that do not have it must contribute 0."
         if not torch.allclose(values, values[0].expand(4), rtol=1e-9):
             return "The ranks have different losses: what each knows of the sum or the target has to be added up."
-        return "All ranks agree on a wrong loss. Does only the rank that has the target's word contribute its score?"
+        return "All ranks agree on a wrong loss. Does only the rank that has the target contribute its logit?"
     if sent > _LOSS_BYTES:
         return (
             f"The loss is right, but a rank sent {sent:,} bytes, and {_LOSS_BYTES:,} are allowed: send one number a "
-            "token, three times, never the scores."
+            "token, three times, never the logits."
         )
     return None
 

@@ -24,7 +24,7 @@ MISTAKES = [
      "column parallel"),
     (check_cut, _CUT + "    return list(weight.chunk(n, 1 if 'wo' in name or 'w2' in name else 0))", "a norm scales"),
     (check_vocab_loss, "def vocab_loss(cluster, logits, targets):\n    s = cluster.all_gather(logits, dim=1)\n"
-     "    return [(x.logsumexp(1) - x.gather(1, targets[:, None])[:, 0]).mean() for x in s]", "never the scores"),
+     "    return [(x.logsumexp(1) - x.gather(1, targets[:, None])[:, 0]).mean() for x in s]", "never the logits"),
     (check_vocab_loss, "def vocab_loss(cluster, logits, targets):\n"
      "    sums = cluster.all_reduce([s.exp().sum(-1) for s in logits])\n    return [z.log().mean() for z in sums]",
      "not finite"),
