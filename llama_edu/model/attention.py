@@ -25,7 +25,7 @@ __all__ = ['causal_mask', 'attention_weights', 'document_mask', 'mean_pool_heads
 
 # %% ../../notebooks/22_attention.ipynb #71f2426b
 def causal_mask(positions: Int[Tensor, "batch queries"], n_keys: int) -> Bool[Tensor, "batch 1 queries {n_keys}"]:
-    """Which keys each query may see: key j stands at position j and is seen from there on.
+    """Which keys each query may see: key j is at position j, and visible to queries at position j or later.
 
     Args:
         positions: position of each query.
@@ -148,7 +148,7 @@ def tiled_attention(
 
 # %% ../../notebooks/22_attention.ipynb #5cf40001
 class ManualAttention(torch.autograd.Function):
-    """Tiled attention with its backward pass by hand. Keeps inputs, output and one number a query.
+    """Tiled attention with its backward pass by hand. Keeps inputs, output and one number per query.
 
     Source: Dao et al., arXiv 2205.14135, algorithm 4.
     """
@@ -209,7 +209,7 @@ class FlexAttention(nn.Module):
     """Inner product by `flex_attention`, which skips blocks that a mask hides. An alternative to `ScaledDotProduct`.
 
     Args:
-        compile: compile the kernel, which is what makes it quick; None does so where there is a GPU. Uncompiled it
+        compile: compile the kernel, which is what makes it fast; None does so where there is a GPU. Uncompiled it
             computes the whole table of weights.
 
     On a CPU there is no backward pass: call it under `torch.no_grad()`.
@@ -252,7 +252,7 @@ class Cache(Protocol):
     """What attention asks of a cache of keys and values. `KVCache` of lesson 50 is one."""
 
     def positions(self, seq: int) -> Int[Tensor, "batch seq"]:
-        """Where the next `seq` tokens of each sequence stand."""
+        """Positions of the next `seq` tokens of each sequence."""
 
     def update(
         self,

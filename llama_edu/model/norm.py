@@ -18,7 +18,7 @@ __all__ = ['RMSNorm']
 
 # %% ../../notebooks/20_rmsnorm.ipynb #3af1221d
 class ManualRMSNorm(torch.autograd.Function):
-    """RMSNorm with its backward pass by hand. Keeps the input and one number a vector."""
+    """RMSNorm with its backward pass by hand. Keeps the input and one number per vector."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -29,7 +29,7 @@ def _scale(frequencies: Float[Tensor, " half"], scaling: RopeScaling) -> Float[T
 
 
 def rope_frequencies(cfg: LlamaConfig) -> Float[Tensor, " half"]:
-    """Radians a position for each pair of a head, the fastest first, scaled where `cfg.rope_scaling` says so.
+    """Radians per position for each pair of a head, the fastest first, scaled if `cfg.rope_scaling` is set.
 
     The arithmetic is float32, step by step as in Meta's code: a model is used with the numbers it was trained with.
 
@@ -100,7 +100,7 @@ def apply_rope(
 
     Args:
         x: queries or keys.
-        cos, sin: rows of `rope_table` at the positions of `x`, one set for the whole batch (1) or one a sequence.
+        cos, sin: rows of `rope_table` at the positions of `x`, one set for the whole batch (1) or one per sequence.
 
     Source: Su et al., arXiv 2104.09864, section 3.4.2; pairs as in meta-llama/llama3, llama/model.py, apply_rotary_emb.
     """
