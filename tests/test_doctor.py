@@ -42,7 +42,7 @@ def test_another_python_is_a_fault(monkeypatch):
     assert "3.11, 3.12 or 3.13 is needed" in findings()["python", "fault"]
 
 
-def test_little_memory_disk_and_no_compiler_are_notes(monkeypatch):
+def test_little_memory_disk_and_no_compiler_are_notes(monkeypatch, capsys):
     monkeypatch.setattr(module.os, "sysconf", lambda name: 1 << 15)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
@@ -51,6 +51,8 @@ def test_little_memory_disk_and_no_compiler_are_notes(monkeypatch):
     assert "3 GiB are needed" in found["disk", "note"]
     assert "torch.compile on the CPU will not work" in found["compiler", "note"]
     assert not [key for key in found if key[1] == "fault"]
+    assert run(["doctor"]) == 0
+    assert capsys.readouterr().out.strip().endswith("will run here, but see above: memory, disk, compiler")
 
 
 @pytest.mark.parametrize("gib", [16, 80])

@@ -32,11 +32,12 @@ def doctor() -> int:
     found = list(examine())
     for state, subject, text in found:
         print(f"{'  ' if state == 'ok' else '! ' if state == 'note' else 'X '}{subject:12} {text}")
-    faults = [f.subject for f in found if f.state == "fault"]
+    faults, notes = (list(dict.fromkeys(f.subject for f in found if f.state == s)) for s in ("fault", "note"))
     print()
-    print(
-        f"will not work before it is mended: {', '.join(faults)}" if faults else "all lessons and tests will run here"
-    )
+    if faults:
+        print(f"will not work before it is mended: {', '.join(faults)}")
+    else:
+        print("all lessons and tests will run here" + (f", but see above: {', '.join(notes)}" if notes else ""))
     return 1 if faults else 0
 
 
