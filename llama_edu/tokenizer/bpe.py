@@ -57,7 +57,7 @@ def merge_by_rank(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 # %% ../../notebooks/10_bpe.ipynb #42ec4a4d
 __all__ = ["LLAMA3_PATTERN"]
-LONG = 1 << 16  # characters; longer texts take the compiled way
+LONG = 1 << 16  # characters; longer texts take the compiled path
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 # %% ../../notebooks/10_bpe.ipynb #453adbfa
@@ -105,7 +105,7 @@ class BPETokenizer:
         Among pairs of equal count the one with the smaller left id is merged first, then the smaller right id.
 
         Args:
-            texts: read once, never kept: an iterator over more than fits into memory is welcome.
+            texts: read once and not kept, so an iterator may yield more than fits into memory.
             vocab_size: tokens in all, the 256 bytes and the special tokens among them. Where the texts offer no more
                 pairs to merge, there are fewer.
             special_tokens: get the ids after the learned ones; `<|begin_of_text|>` and `<|end_of_text|>` among them
@@ -202,7 +202,7 @@ class BPETokenizer:
         return [i for piece in regex.findall(self.pattern, text) for i in merge_by_rank(piece.encode(), self.ranks)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for, special tokens as their text. Raises UserError for an id that is none."""
+        """The bytes of ids, special tokens as their text. Raises UserError for an unknown id."""
         ids = list(ids)
         try:
             return self.encoding.decode_bytes(ids)

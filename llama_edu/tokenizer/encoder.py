@@ -237,7 +237,7 @@ class CorpusEncoder:
     def encode(
         self, data: UInt8[np.ndarray, "bytes"], bounds: Int[np.ndarray, "texts_and_end"], *, scan: bool = True
     ) -> tuple[Int32[np.ndarray, "ids"], Int[np.ndarray, "texts_and_end"]]:
-        """Ids of texts that stand one after the other in `data`, and where those of each text begin.
+        """Ids of texts concatenated in `data`, and where those of each text begin.
 
         Args:
             scan: split each text by the pattern of Llama 3; False takes each as one pre-token.

@@ -124,7 +124,7 @@ class WordCounts:
         return int(self.state[0])
 
     def count(self, data: UInt8[np.ndarray, "bytes"], bounds: Int[np.ndarray, "texts_and_end"]) -> None:
-        """Split texts, which stand one after the other in `data`, by the pattern of Llama 3, and count the pieces."""
+        """Split texts, concatenated in `data`, by the pattern of Llama 3, and count the pieces."""
         self._run(count_texts, data, bounds, class_table())
 
     def add(
@@ -204,7 +204,7 @@ def in_threads(work: Callable, items: Iterable) -> Iterator:
 def count_words_of(texts: Iterable[str], pattern: str = LLAMA3_PATTERN) -> WordCounts:
     """Different pre-tokens of a corpus and their counts. Texts are read once and not kept.
 
-    The pattern of Llama 3 goes the compiled way on all cores; any other is matched by the `regex` module.
+    The pattern of Llama 3 is matched by compiled code on all cores, any other by the `regex` module.
     """
     if pattern != LLAMA3_PATTERN:
         return _count_by_regex(texts, pattern)
@@ -276,7 +276,7 @@ def settle(heap, size, pair, left, right, count):
 # %% ../../notebooks/10_bpe.ipynb #97f161ba
 @compiled
 def lay_out(order, offsets, counts, arena, ids, weights):
-    """Write the words in a row, one id a byte, -1 between them, each byte with its word's count."""
+    """Write the words one after the other, one id per byte, -1 between them, each byte with its word's count."""
     at = 0
     for word in order:
         ids[at] = -1
@@ -290,7 +290,7 @@ def lay_out(order, offsets, counts, arena, ids, weights):
 
 @compiled
 def first_pairs(ids, weights, n, pool, state, left, right, count, begin, length, heap, number, total, slot):
-    """Count the pairs of bytes and note where each stands."""
+    """Count the pairs of bytes and note their positions."""
     for p in range(1, n - 1):
         if ids[p] >= 0 and ids[p + 1] >= 0:
             key = ids[p] << 8 | ids[p + 1]
