@@ -68,7 +68,7 @@ class Llama2ChatFormat:
 
 # %% ../../notebooks/11_llama_tokenizers.ipynb #c0a47ee6
 _ROLES = ("system", "user", "assistant", "ipython")
-IMAGE = {"type": "image"}  # part of a message: here stands an image
+IMAGE = {"type": "image"}  # part of a message: an image
 
 
 class ChatFormat:

@@ -101,7 +101,7 @@ class Llama3Tokenizer(BPETokenizer):
         eos: bool = False,
         allowed_special: Collection[str] = frozenset(),
     ) -> list[list[int]]:
-        """`encode` for many texts; those that need no cut go the fast way of `BPETokenizer`."""
+        """`encode` for many texts; those that need no cut take the fast path of `BPETokenizer`."""
         texts = list(texts)
         short = [text for text in texts if len(text) <= _MAX_RUN]
         ready = iter(super().encode_batch(short, bos=bos, eos=eos, allowed_special=allowed_special))

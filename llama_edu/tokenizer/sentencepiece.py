@@ -489,7 +489,7 @@ class SentencePieceTokenizer:
         return self._encode(text.replace(" ", SPACE))
 
     def decode_infilling(self, ids: Iterable[int]) -> str:
-        """Text of ids, a leading space kept: what the model wrote stands behind other text."""
+        """Text of ids, a leading space kept, because what the model wrote follows other text."""
         stream = SentencePieceStream(self, keep_first_space=True)
         return stream.push(ids) + stream.finish()
 
