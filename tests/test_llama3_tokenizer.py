@@ -137,6 +137,12 @@ def test_long_runs_are_cut(small):
     ]
 
 
+def test_a_corpus_is_cut_as_each_text_is(small):
+    """Runs of either kind, a text above the limit of characters, empty ones, and more than one group of the encoder."""
+    texts = ["", "a" * 60_000, "b", " " * 25_001, "", "lorem ipsum " * 70_000, "é" * 25_000, "a b" * 1_500_000, "c"]
+    assert [ids.tolist() for ids in small.encode_corpus(iter(texts))] == [small.encode(text) for text in texts]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "a b" * 333_333, "🦙" * 250_000])
 def test_million_character_runs(small, text):
@@ -184,7 +190,9 @@ def test_real_ids_are_tiktokens(real, meta, text):
 @pytest.mark.parametrize("text", ["a" * 60_000, " " * 60_000, "lorem ipsum " * 70_000])
 def test_real_long_texts_are_metas(real, meta, text):
     parts = metas_cuts(text, 400_000, 25_000)
-    assert real.encode(text) == [i for part in parts for i in meta.encode(part, disallowed_special=())]
+    ids = [i for part in parts for i in meta.encode(part, disallowed_special=())]
+    assert real.encode(text) == ids
+    assert [found.tolist() for found in real.encode_corpus([text, text])] == [ids, ids]
 
 
 def test_real_compression_of_english(real, data_dir):

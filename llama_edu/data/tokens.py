@@ -115,13 +115,10 @@ def _ids(texts: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
     """Ids of each text, by the fastest way that this tokenizer has."""
     ends = {name: getattr(tokenizer, f"{name}_id", None) is not None for name in ("bos", "eos")}
     if hasattr(tokenizer, "encode_corpus"):
-        from llama_edu.tokenizer import BPETokenizer
-
-        if type(tokenizer).encode_batch is BPETokenizer.encode_batch:  # no subclass that cuts texts in its own way
-            before, after = ([getattr(tokenizer, f"{name}_id")] if there else [] for name, there in ends.items())
-            for ids in tokenizer.encode_corpus(texts):
-                yield np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
-            return
+        before, after = ([getattr(tokenizer, f"{name}_id")] if there else [] for name, there in ends.items())
+        for ids in tokenizer.encode_corpus(texts):
+            yield np.concatenate([np.array(before, np.int32), ids, np.array(after, np.int32)])
+        return
     for group in _groups(texts):
         if hasattr(tokenizer, "encode_batch"):
             rows = tokenizer.encode_batch(group, **ends)

@@ -7,8 +7,13 @@ __all__ = ['llama3_special_tokens', 'Llama3Tokenizer']
 __doc__ = "The tokenizer of Llama 3 and later: byte-level BPE, 256 special tokens, and Meta's cuts of long texts."
 
 import re
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
 
 from ..errors import UserError
 from .bpe import LLAMA3_PATTERN, BPETokenizer
@@ -93,24 +98,20 @@ class Llama3Tokenizer(BPETokenizer):
             ids += super().encode(part, allowed_special=allowed_special)
         return [*ids, self.eos_id] if eos else ids
 
-    def encode_batch(
-        self,
-        texts: Iterable[str],
-        *,
-        bos: bool = False,
-        eos: bool = False,
-        allowed_special: Collection[str] = frozenset(),
-    ) -> list[list[int]]:
-        """`encode` for many texts; those that need no cut take the fast path of `BPETokenizer`."""
-        texts = list(texts)
-        short = [text for text in texts if len(text) <= _MAX_RUN]
-        ready = iter(super().encode_batch(short, bos=bos, eos=eos, allowed_special=allowed_special))
-        return [
-            next(ready)
-            if len(text) <= _MAX_RUN
-            else self.encode(text, bos=bos, eos=eos, allowed_special=allowed_special)
-            for text in texts
-        ]
+    def encode_corpus(self, texts: Iterable[str]) -> Iterator[Int32[np.ndarray, "ids"]]:
+        """Ids of each text as `encode` gives them, in order, on all cores; there are no special tokens among them."""
+        parts_of: deque[int] = deque()
+
+        def parts() -> Iterator[str]:
+            for text in texts:
+                cut = list(_limited(text)) if len(text) > _MAX_RUN else [text]
+                parts_of.append(len(cut))
+                yield from cut
+
+        encoded = super().encode_corpus(parts())
+        for first in encoded:
+            rest = list(islice(encoded, parts_of.popleft() - 1))
+            yield np.concatenate([first, *rest]) if rest else first
 
     @classmethod
     def load(cls, path: str | Path, *, version: str = "3.1") -> "Llama3Tokenizer":
