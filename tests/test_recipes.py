@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 
 from llama_edu import LlamaConfig
 from llama_edu.errors import UserError
-from llama_edu.training import batch_size_at, measured_peak, mfu, published_peak, steps_for
+from llama_edu.training import batch_size_at, learning_rate, measured_peak, mfu, published_peak, steps_for
 from llama_edu.training.recipes import RECIPES, recipe
 
 WHERE = {"train_data": "shards", "out_dir": "run"}
 COMPLETE = [name for name, r in RECIPES.items() if None not in (r.lr, r.min_lr_ratio, r.warmup, r.batch_tokens)]
 
 
-def test_every_name_is_a_preset_and_has_a_source():
-    assert {r.model for r in RECIPES.values()} <= set(LlamaConfig.preset_names())
+def test_every_recipe_has_a_source_and_a_length():
     assert all(r.source and (r.tokens or r.steps) for r in RECIPES.values())
-    assert len(COMPLETE) == 13
+    assert {n for n in LlamaConfig.preset_names() if "3.3" not in n} <= set(RECIPES)
+    assert len(COMPLETE) == 17
 
 
 @pytest.mark.parametrize("name", COMPLETE)
@@ -49,6 +49,43 @@ def test_printed_values():
     at = (0, 252_000_000, 2_870_000_000_000)
     sizes = [batch_size_at(t, big.batch_size, big.batch_ramp) * big.seq_len for t in at]
     assert sizes == [2**22, 2**23, 2**24]
+
+
+def test_stages_of_code_llama():
+    """arXiv 2308.12950, section 2: peak, tokens a step, length of a sequence, base of RoPE, then steps or tokens."""
+    rows = {
+        "code-llama-7b": (3e-4, 2**22, 4096, 1e4, None, 5e11),
+        "code-llama-70b": (1.5e-4, 2**22, 4096, 1e4, None, 1e12),
+        "code-llama-34b-python": (1e-4, 2**22, 4096, 1e4, None, 1e11),
+        "code-llama-7b-long": (2e-5, 2**21, 16384, 1e6, 3000, None),
+        "code-llama-13b-long": (2e-5, 2**21, 16384, 1e6, 10_000, None),
+        "code-llama-34b-long": (2e-5, 2**20, 16384, 1e6, 11_000, None),
+        "code-llama-13b-instruct": (None, 524_288, None, 1e6, None, 5e9),
+        "code-llama-70b-instruct": (None, 524_288, None, 1e4, None, 5e9),  # it had no stage of long contexts
+    }
+    for name, row in rows.items():
+        r = RECIPES[name]
+        assert (r.lr, r.batch_tokens, r.seq_len, r.model.rope_theta, r.steps, r.tokens) == row, name
+    for name in (n for n in RECIPES if n.startswith("code-llama-")):
+        plain = "34b" in name or (name.endswith("-python") and "70b" not in name)  # no tokens for infilling
+        assert RECIPES[name].model.vocab_size == (32000 if plain else 32016), name
+
+
+def test_last_stages_of_the_largest_model():
+    anneal = recipe("llama-3.1-405b-anneal", **WHERE, lr=8e-7)
+    last = {"peak": anneal.lr, "min_ratio": anneal.min_lr_ratio, "schedule": anneal.schedule, "steps": anneal.steps}
+    assert (anneal.seq_len, anneal.batch_size, anneal.steps) == (131_072, 128, 3)  # 40M tokens are 2.4 steps
+    assert learning_rate(anneal.steps, **last) == 0
+    own = {"lr": 4e-5, "min_lr_ratio": 1.0, "warmup": 0, "schedule": "constant"}
+    stage = recipe("llama-3.1-405b-long", **WHERE, **own, seq_len=65_536, steps=100)
+    assert (stage.batch_size, stage.steps) == (256, 100)
+
+
+def test_what_is_missing_is_named_and_nothing_that_follows():
+    with pytest.raises(UserError, match=r"give min_lr_ratio, warmup, schedule, batch_size$"):
+        recipe("llama-3-8b", **WHERE)
+    with pytest.raises(UserError, match=r"give lr$"):
+        recipe("llama-3.1-405b-anneal", **WHERE)
 
 
 def test_changes_win_and_the_batch_follows_the_sequence():

@@ -17,20 +17,20 @@ from .schedule import steps_for
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is published of one training run. None: not published.
+    """What is published of one training run, or of one stage. None: not published.
 
     Attributes:
-        model: preset of `LlamaConfig`.
+        model: its shape in this run.
         lr, min_lr_ratio, warmup, schedule, eps: as in `TrainConfig`.
         batch_tokens: tokens of a step at the start; "4M" is read as 2 ** 22, which whole sequences fill.
         ramp: pairs (tokens seen, tokens of a step from then on).
         tokens: of the whole run, or of this stage; None where the source counts steps.
         steps: where the source has them, they go before `tokens`.
         source: where all this is printed.
-        note: what is odd about it.
+        note: what is odd about it, and what a stage begins from.
     """
 
-    model: str
+    model: LlamaConfig
     source: str
     lr: float | None = None
     min_lr_ratio: float | None = None
@@ -45,51 +45,86 @@ class Recipe:
     note: str = ""
 
 
-def _all() -> dict[str, Recipe]:
-    million = 2**20
-    first = Recipe("", "arXiv 2302.13971, section 2.3", min_lr_ratio=0.1, warmup=2000, batch_tokens=4 * million)
-    first = replace(first, seq_len=2048)
-    second = replace(first, source="arXiv 2307.09288, section 2.2", seq_len=4096, tokens=2e12, eps=1e-5)
-    code = replace(second, source="arXiv 2308.12950, section 2", min_lr_ratio=1 / 30, warmup=1000)
-    long = replace(code, lr=2e-5, seq_len=16384, min_lr_ratio=None, warmup=None, schedule=None, tokens=None)
-    third = Recipe("", "Llama 3 model card; arXiv 2407.21783, table 3", seq_len=8192, tokens=15e12, schedule=None)
-    largest = replace(third, source="arXiv 2407.21783, section 3.4", lr=8e-5, min_lr_ratio=0.01, warmup=8000)
-    small = replace(third, source="Llama 3.2 model card", tokens=9e12, seq_len=None)
-    of = lambda base, name, **values: (name, replace(base, model=values.pop("model", name), **values))
-    table = [of(first, f"llama-1-{size}", lr=3e-4, tokens=1e12) for size in ("7b", "13b")]
-    table += [of(first, f"llama-1-{size}", lr=1.5e-4, tokens=1.4e12) for size in ("33b", "65b")]
+_M = 2**20
+_SILENT = {"lr": None, "min_lr_ratio": None, "warmup": None, "schedule": None}
+
+
+def _first_and_second() -> dict[str, Recipe]:
+    """Llama 1 and 2."""
+    first = {"source": "arXiv 2302.13971, section 2.3", "min_lr_ratio": 0.1, "warmup": 2000, "batch_tokens": 4 * _M}
+    second = first | {"source": "arXiv 2307.09288, section 2.2", "seq_len": 4096, "tokens": 2e12, "eps": 1e-5}
+    table = {}
+    for size, lr, tokens in (("7b", 3e-4, 1e12), ("13b", 3e-4, 1e12), ("33b", 1.5e-4, 1.4e12), ("65b", 1.5e-4, 1.4e12)):
+        name = f"llama-1-{size}"
+        table[name] = Recipe(LlamaConfig.preset(name), lr=lr, seq_len=2048, tokens=tokens, **first)
     for size, lr in (("7b", 3e-4), ("13b", 3e-4), ("34b", 1.5e-4), ("70b", 1.5e-4)):
-        table += [of(second, f"llama-2-{size}", lr=lr)]
-        table += [of(code, f"code-llama-{size}", lr=lr, tokens=1e12 if size == "70b" else 5e11)]
-        if size != "70b":
-            steps = {"7b": 3000, "13b": 10_000, "34b": 11_000}[size]
-            batch = million if size == "34b" else 2 * million
-            name, base = f"code-llama-{size}-long", f"code-llama-{size}"
-            table += [of(long, name, model=base, steps=steps, batch_tokens=batch)]
-    for name, lr in (("llama-3-8b", 3e-4), ("llama-3-70b", 1.5e-4), ("llama-3.1-8b", 3e-4), ("llama-3.1-70b", 1.5e-4)):
-        table += [of(third, name, lr=lr)]
-    table += [
-        of(
-            largest,
-            "llama-3.1-405b",
-            schedule="cosine",
-            batch_tokens=4 * million,
-            ramp=((252_000_000, 8 * million), (2_870_000_000_000, 16 * million)),
-            tokens=15.6e12,
-            steps=1_200_000,
-            note="Sequences of 4,096 for the first 252M tokens (60 steps); here they have 8,192 throughout. With this "
-            "ramp 15.6T tokens are 1.10M steps; the cosine is printed as 1.2M long.",
-        )
-    ]
-    table += [of(small, f"llama-3.2-{size}", note="Up to 9T tokens.") for size in ("1b", "3b")]
-    return dict(table)
+        table[f"llama-2-{size}"] = Recipe(LlamaConfig.preset(f"llama-2-{size}"), lr=lr, **second)
+    return table
 
 
-RECIPES: dict[str, Recipe] = _all()
+def _code(second: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Code Llama: code, then Python for one branch, then long contexts, then instructions."""
+    table = {}
+    for size in ("7b", "13b", "34b", "70b"):
+        name, two = f"code-llama-{size}", second[f"llama-2-{size}"]
+        last = LlamaConfig.preset(name)
+        short = replace(last, rope_theta=1e4, max_seq_len=4096)  # RoPE changes in the stage of long contexts only
+        code = replace(two, model=short, source="arXiv 2308.12950, section 2", min_lr_ratio=1 / 30, warmup=1000)
+        table[name] = replace(code, tokens=1e12 if size == "70b" else 5e11, note="Begins from Llama 2.")
+        python = short if size == "70b" else two.model  # no tokens for infilling
+        note = f"Begins from {name}."
+        table[f"{name}-python"] = replace(code, model=python, lr=1e-4, tokens=1e11, note=note)
+        long = replace(code, **_SILENT | {"lr": 2e-5}, model=last, seq_len=16384, tokens=None, note=note)
+        steps = {"7b": 3000, "34b": 11_000}.get(size, 10_000)
+        batch = {"34b": _M, "70b": None}.get(size, 2 * _M)
+        table[f"{name}-long"] = replace(long, steps=steps, batch_tokens=batch)
+        told = replace(code, **_SILENT, model=short if size == "70b" else last, seq_len=None, batch_tokens=_M // 2)
+        table[f"{name}-instruct"] = replace(told, tokens=5e9, note="About 5B tokens.")
+    return table
+
+
+def _third() -> dict[str, Recipe]:
+    """Llama 3 to 3.2."""
+    table = {}
+    for size, lr in (("8b", 3e-4), ("70b", 1.5e-4)):
+        for name in (f"llama-3-{size}", f"llama-3.1-{size}"):
+            values = _SILENT | {"lr": lr, "seq_len": 8192, "tokens": 15e12}
+            table[name] = Recipe(LlamaConfig.preset(name), "Llama 3 model card; arXiv 2407.21783, table 3", **values)
+    big = LlamaConfig.preset("llama-3.1-405b")
+    table["llama-3.1-405b"] = Recipe(
+        big, "arXiv 2407.21783, section 3.4", lr=8e-5, min_lr_ratio=0.01, warmup=8000, seq_len=8192,
+        batch_tokens=4 * _M, ramp=((252_000_000, 8 * _M), (2_870_000_000_000, 16 * _M)), tokens=15.6e12,
+        steps=1_200_000,
+        note="Sequences of 4,096 for the first 252M tokens (60 steps); here they have 8,192 throughout. With this "
+        "ramp 15.6T tokens are 1.10M steps; the cosine is printed as 1.2M long.",
+    )  # fmt: skip
+    table["llama-3.1-405b-long"] = Recipe(
+        big, "arXiv 2407.21783, section 3.4.2 and table 4", **_SILENT, batch_tokens=16 * _M, tokens=8e11,
+        note="About 800B tokens in six stages from 8,192 to 131,072 tokens a sequence; which lengths, and how many "
+        "tokens each, is not printed: give seq_len and steps of one stage.",
+    )  # fmt: skip
+    table["llama-3.1-405b-anneal"] = Recipe(
+        big, "arXiv 2407.21783, section 3.4.3 and table 4", min_lr_ratio=0.0, warmup=0, schedule="linear",
+        batch_tokens=16 * _M, seq_len=131_072, tokens=4e7,
+        note="The rate falls to 0 from where it was, which is not printed. 40M tokens, as printed, are 2.4 steps. The "
+        "released weights are the mean of checkpoints of this stage.",
+    )  # fmt: skip
+    for size in ("1b", "3b"):
+        name = f"llama-3.2-{size}"
+        values = _SILENT | {"tokens": 9e12, "note": "Up to 9T tokens, with the logits of larger models as targets."}
+        table[name] = Recipe(LlamaConfig.preset(name), "Llama 3.2 model card", **values)
+    return table
+
+
+_SECOND = _first_and_second()
+RECIPES: dict[str, Recipe] = _SECOND | _code(_SECOND) | _third()
 
 
 def recipe(name: str, *, train_data: str, out_dir: str, **changes: Any) -> TrainConfig:
     """The configuration with which a member of the family was trained, with every value that is published.
+
+    A stage behind another ("-python", "-long", "-instruct", "-anneal") begins from its weights, see `Recipe.note`.
+    Llama 3.2 Vision has no recipe: its image encoder and cross-attention are no part of `Transformer`.
 
     AdamW with betas (0.9, 0.95), decay 0.1 and clipping at 1.0 are printed for Llama 1 and 2; for later models, whose
     papers do not say, they are the defaults of `TrainConfig`.
@@ -108,8 +143,7 @@ def recipe(name: str, *, train_data: str, out_dir: str, **changes: Any) -> Train
     if name not in RECIPES:
         raise UserError(f"no recipe is called {name!r}; there are: {', '.join(RECIPES)}")
     known = RECIPES[name]
-    model = changes.get("model", LlamaConfig.preset(known.model))
-    values: dict[str, Any] = {"model": model, "train_data": train_data, "out_dir": out_dir}
+    values: dict[str, Any] = {"model": known.model, "train_data": train_data, "out_dir": out_dir}
     for field in ("lr", "min_lr_ratio", "warmup", "schedule", "eps", "seq_len"):
         if getattr(known, field) is not None:
             values[field] = getattr(known, field)
@@ -125,9 +159,8 @@ def recipe(name: str, *, train_data: str, out_dir: str, **changes: Any) -> Train
             "steps", steps_for(int(known.tokens), values["batch_size"], values["seq_len"], values.get("batch_ramp", ()))
         )
     needed = ("lr", "min_lr_ratio", "warmup", "schedule", "seq_len", "batch_size", "steps")
-    missing = [field for field in needed if field not in values]
+    follows = {"steps": known.tokens, "batch_size": known.batch_tokens}  # from the values that are asked for
+    missing = [field for field in needed if field not in values and not follows.get(field)]
     if missing:
-        raise UserError(
-            f"the recipe of {name} is not published in full ({known.source}): give {', '.join(m for m in missing)}"
-        )
+        raise UserError(f"the recipe of {name} is not published in full ({known.source}): give {', '.join(missing)}")
     return TrainConfig(**values)
