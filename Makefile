@@ -5,7 +5,7 @@
 #   make lab         the lessons in JupyterLab
 #   make docs        the book: a website of all lessons; make docs-serve shows it
 #
-# TORCH_INDEX=URL takes torch from that package index (see the README: CPU builds for Linux, CUDA builds).
+# TORCH_INDEX=URL takes torch from that package index (see docs/start.md: CPU builds for Linux, CUDA builds).
 
 PYTHON ?= python3
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts/python,.venv/bin/python)
@@ -14,6 +14,8 @@ LESSON ?=
 # Two workers of one thread each keep two cores busy without getting in each other's way.
 WORKERS ?= 2
 export TORCH_INDEX
+# macOS ends a process that forks after a framework of Apple's was loaded; lessons and tests fork ranks. Else unused.
+export OBJC_DISABLE_INITIALIZE_FORK_SAFETY := YES
 PYTEST := OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(WORKERS) --dist loadfile -q
 
 .PHONY: help tour test fast lab setup notebooks export check lint format docs docs-serve clean
