@@ -1,11 +1,14 @@
 """Jobs on real ranks that are broken on purpose: they go on to the same bits, or stop in one sentence."""
 
+import hashlib
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,109 @@ def test_four_ranks_divided_two_ways(driver):
     driver.ends_the_same(found, plan)
     (sentence,) = sentences(found)
     assert "rank 2: was killed without a word" in sentence, sentence
+
+
+class Torchrun:
+    """`torchrun --max-restarts 4 -m llama_edu.train` as a person starts it, and what can befall it from outside."""
+
+    LINE = (
+        "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 2 --model.vocab-size 258 --seq-len 16 --batch-size 4 "
+        "--lr 1e-2 --steps 300 --checkpoint-every 10 --eval-every 0 --precision float32 --device cpu --no-mfu "
+        "--parallel.timeout 4"
+    ).split()
+
+    def __init__(self, folder: Path, tokens: Path) -> None:
+        self.logs, self.run, self.model = folder / "logs", folder / "out" / "run", folder / "out" / "model"
+        self.spoken = folder / "stderr"
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "4"]
+        command += ["--standalone", "--monitor-interval", "0.1", "--log-dir", str(self.logs), "-m", "llama_edu.train"]
+        command += ["--data", str(tokens), "--out", str(folder / "out"), *self.LINE]
+        root = str(Path(__file__).parent.parent)
+        environment = os.environ | {"PYTHONPATH": root, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+        with open(self.spoken, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    def wait_for(self, found):
+        """What `found()` returns, once it is something."""
+        deadline = time.monotonic() + 60
+        while not (value := found()):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.spoken.read_text()
+            time.sleep(0.002)
+        return value
+
+    def pid(self, attempt: int, rank: int) -> int:
+        name = f"*/attempt_{attempt}/words/rank_{rank}.alive"
+        (file,) = self.wait_for(lambda: list(self.logs.glob(name)))
+        return json.loads(file.read_text())["pid"]
+
+    def steps(self) -> list[dict]:
+        try:
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def trains(self, attempt: int, more: int = 12) -> int:
+        """Wait until this attempt has done so many steps. Returns the number of the last one."""
+        self.pid(attempt, 0)
+        first = len(self.steps())
+        return self.wait_for(lambda: len(self.steps()) >= first + more and len(self.steps()))
+
+    def stop_in_a_save(self, pid: int) -> None:
+        """Halt a process in the middle of a save: rank 0 cannot give the folder its name before it has written."""
+
+        def halted():
+            if not (partial := list(self.run.glob("checkpoints/.step_*.partial"))):
+                return False
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.2)
+            if partial[0].exists():
+                return True
+            os.kill(pid, signal.SIGCONT)
+            return False
+
+        self.wait_for(halted)
+
+    def end(self) -> tuple[str, list[tuple[int, float]]]:
+        """Hash of the weights, and the losses."""
+        assert self.process.wait(120) == 0, self.spoken.read_text()
+        weights = (self.model / "model.safetensors").read_bytes()
+        return hashlib.sha256(weights).hexdigest(), [(entry["step"], entry["loss"]) for entry in self.steps()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of a running process are set as Linux does")
+def test_torchrun_goes_on_after_every_fault(tmp_path):
+    """One job under the real launcher, struck four times from outside; every attempt is a new pair of processes."""
+    import resource
+
+    texts = [f"line {i}: {i * i} is the square of {i}. " for i in range(2000)]
+    write_tokens(texts, BytesTokenizer(), tmp_path / "tokens")
+    job = Torchrun(tmp_path / "struck", tmp_path / "tokens")
+    try:
+        job.trains(0)
+        os.kill(job.pid(0, 1), signal.SIGKILL)  # killed in training
+        job.trains(1)
+        job.stop_in_a_save(job.pid(1, 1))
+        os.kill(job.pid(1, 1), signal.SIGKILL)  # killed while saving
+        job.trains(2)
+        os.kill(job.pid(2, 1), signal.SIGSTOP)  # hangs
+        job.trains(3)
+        # Raises: the next part of a checkpoint that it writes does not fit, its words on stderr and elsewhere do.
+        resource.prlimit(job.pid(3, 1), resource.RLIMIT_FSIZE, (2**16, 2**16))
+        job.trains(4)
+        struck = job.end()
+    finally:
+        job.process.kill()
+    told = [line for line in job.spoken.read_text().splitlines() if line.startswith("llama-edu: ")]
+    assert len(told) == 4, told
+    assert "rank 1: was killed without a word" in told[0]
+    assert "rank 1: was killed without a word" in told[1]
+    assert "rank 1: does not answer" in told[2]
+    assert "the checkpoint of step" in told[3] and "could not be written" in told[3] and "on rank 1; " in told[3]
+    calm = Torchrun(tmp_path / "calm", tmp_path / "tokens")
+    assert struck == calm.end()
 
 
 def words(folder, rank, time, sentence, lost=False):

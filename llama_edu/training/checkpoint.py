@@ -310,12 +310,15 @@ def _dcp(verb: str, state: dict[str, Any], path: Path, group: Any) -> None:
         try:
             getattr(dcp, verb)(state, checkpoint_id=path, process_group=group, no_dist=alone)
         except CheckpointException as error:
-            causes = [cause for cause, _ in error.failures.values()]
-            disk = next((cause for cause in causes if isinstance(cause, OSError)), None)
-            # PyTorch's archive writer answers a write that fell short with a failed check of its own.
-            if disk is None and any("inline_container" in str(cause) for cause in causes):
-                disk = OSError(errno.ENOSPC, "a write fell short; the disk is full or files are limited in size")
-            raise disk or error from error
+            for rank, (cause, _) in sorted(error.failures.items()):
+                where = "" if alone else f" on rank {rank}"
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, f"{cause.strerror or cause}{where}") from error
+                # PyTorch's archive writer answers a write that fell short with a failed check of its own.
+                if "inline_container" in str(cause):
+                    short = f"a write fell short{where}; the disk is full or files are limited in size"
+                    raise OSError(errno.ENOSPC, short) from error
+            raise
 
 
 def _need_space(folder: Path, state: dict[str, Any]) -> None:
