@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from llama_edu.data.tokens import IGNORE, Batch, TokenFile, sequential_batches
 from llama_edu.errors import UserError
+from llama_edu.model.transformer import Transformer
 from llama_edu.parallel.checkpoint import host_copy, whole_model
 from llama_edu.parallel.clip import clip_gradients
 from llama_edu.parallel.cp import chunk_positions
@@ -25,6 +26,7 @@ from llama_edu.parallel.divide import parallelize
 from llama_edu.parallel.pp import Pipeline
 from llama_edu.parallel.resilience import attempt_store, limit_waiting
 from llama_edu.parallel.tp import parallel_cross_entropy
+from llama_edu.parallel.weights import allocate, draw_weights
 from llama_edu.training.config import TrainConfig
 from llama_edu.training.engine import Engine
 from llama_edu.training.loss import chunked_cross_entropy
@@ -96,7 +98,13 @@ class ParallelEngine(Engine):
             self._mesh = build_mesh(self.plan, (self._device or self.device("auto")).type)
         return self._mesh
 
+    def build(self, config: TrainConfig) -> nn.Module:
+        """A model without weights: `prepare` draws those of one process, and no rank ever holds all of them."""
+        with torch.device("meta"):
+            return Transformer(config.model)
+
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
+        """See `Engine.prepare`. A model on the meta device gets the fresh weights of one process."""
         plan, device = self.plan, self.device(config.device)
         self._cfg = model.cfg
         plan.check_model(model.cfg)
@@ -107,15 +115,20 @@ class ParallelEngine(Engine):
             raise UserError(f"loss_chunk is {config.loss_chunk}, which tp and pp cannot do: set it to 0")
         if config.z_loss and plan.tp > 1:
             raise UserError(f"z_loss is {config.z_loss}, which tp {plan.tp} cannot do: set it or tp to the other's")
-        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        first = next(model.parameters())
+        if not first.is_meta:
+            model = model.to(device, torch.promote_types(first.dtype, torch.float32))
         divided = parallelize(
-            model.to(device, dtype).train(),
+            model.train(),
             self.mesh,
             plan,
             recompute=config.recompute,
             compile=config.compile,
             bf16=config.precision.startswith("bf16") or (config.precision == "auto" and has_bf16(device)),
         )
+        if first.is_meta:
+            allocate(divided, device)
+            draw_weights(divided, model.cfg)
         limit_waiting(self.timeout)  # the groups of the mesh are all there now
         return divided
 
