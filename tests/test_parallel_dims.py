@@ -24,6 +24,12 @@ MODEL = LlamaConfig(dim=64, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=96, voc
         ({"pp": 2, "virtual_stages": 2}, "the schedule interleaved or zero-bubble"),
         ({"pp": 2, "layers": (1, 2, 1)}, "names 3 stages, pp . virtual_stages makes 2"),
         ({"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "micro_batches": 3}, "does not divide by pp 2"),
+        ({"contiguous": -1}, "contiguous is -1; it must be at least 0"),
+        ({"pp": 2, "contiguous": 2}, r"the schedule interleaved \(here 1f1b\)"),
+        (
+            {"pp": 4, "schedule": "interleaved", "virtual_stages": 2, "micro_batches": 8, "contiguous": 3},
+            "contiguous is 3; it must lie between pp 4 and micro_batches 8",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(fields, words):

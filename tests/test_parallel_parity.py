@@ -120,6 +120,9 @@ SCHEDULES = [
     P(pp=2, schedule="1f1b", micro_batches=8, reshard="always"),
     P(pp=2, schedule="interleaved", virtual_stages=2),
     P(pp=2, dp=2, schedule="zero-bubble", virtual_stages=2),
+    P(pp=2, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=4),  # Llama 3's N
+    P(pp=2, dp=2, schedule="interleaved", virtual_stages=2, micro_batches=4, contiguous=4, reshard="always"),
+    P(pp=3, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=4),
 ]
 
 
@@ -130,6 +133,13 @@ def name_of(plan):
 @pytest.mark.parametrize("plan", ALONE + PAIRS + SCHEDULES, ids=name_of)
 def test_a_divided_model_trains_as_one_process_does(plan):
     assert max(differences(plan)) < 1e-12
+
+
+@pytest.mark.parametrize("contiguous", [4, 8])
+def test_llama_3s_order_on_four_ranks(contiguous):
+    model = LlamaConfig(**{**MODEL.to_dict(), "n_layers": 6})
+    plan = P(pp=4, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=contiguous)
+    assert max(differences(plan, replace(CONFIG, model=model))) < 1e-12
 
 
 @pytest.mark.slow

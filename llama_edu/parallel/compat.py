@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["flatten_mesh", "pair_mesh", "quiet", "quiet_gathers", "sum_gradients", "takes"]
+__all__ = ["flatten_mesh", "own_schedule", "pair_mesh", "quiet", "quiet_gathers", "sum_gradients", "takes"]
 
 
 def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
@@ -19,6 +19,21 @@ def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMe
     Every rank of the mesh must ask, in the same order: it makes process groups.
     """
     return mesh[axes]._flatten(name)
+
+
+def own_schedule(stages: list[Any], actions: list[list[Any]], **options: Any) -> Any:
+    """PyTorch's runtime of a pipeline for a schedule that PyTorch does not have.
+
+    Args:
+        stages: this rank's `PipelineStage`s.
+        actions: for each rank in order, what PyTorch writes as "0F3": forward (B: backward) of stage 0, micro-batch 3.
+        options: of `ScheduleInterleaved1F1B` and its like.
+    """
+    from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+
+    run = _PipelineScheduleRuntime(stages, **options)
+    run._prepare_schedule_with_comms({r: [_Action.from_str(str(a)) for a in mine] for r, mine in enumerate(actions)})
+    return run
 
 
 def pair_mesh(mesh: DeviceMesh, axis: str, flattened: str) -> DeviceMesh:

@@ -31,6 +31,9 @@ class ParallelPlan:
         schedule: order of forward and backward passes in the pipeline. "interleaved" and "zero-bubble" want several
             virtual_stages.
         virtual_stages: stages a rank holds.
+        contiguous: of the schedule "interleaved", micro-batches that pass through a stage before the rank turns to its
+            next one, from pp (depth first) to micro_batches (breadth first): N of Llama 3 (section 3.3.2). With it
+            micro_batches need not divide by pp. 0: pp.
         trim_ends: the first and the last stage get a layer less, as they hold embedding and output (Llama 3, arXiv
             2407.21783, section 3.3.2).
         layers: layers of each stage in order, instead of an even division; empty: even.
@@ -49,16 +52,16 @@ class ParallelPlan:
     micro_batches: int = 0
     schedule: Schedule = "1f1b"
     virtual_stages: int = 1
+    contiguous: int = 0
     trim_ends: bool = True
     layers: tuple[int, ...] = ()
     reshard: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "cp", "dp_replicate", "virtual_stages"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.micro_batches < 0:
-            raise UserError(f"micro_batches is {self.micro_batches}; it must be at least 0")
+        for name in ("dp", "tp", "pp", "cp", "dp_replicate", "virtual_stages", "micro_batches", "contiguous"):
+            least = 0 if name in ("micro_batches", "contiguous") else 1
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.schedule not in ("gpipe", "1f1b", "interleaved", "zero-bubble"):
             raise UserError(f"schedule is {self.schedule!r}; it must be gpipe, 1f1b, interleaved or zero-bubble")
         if self.reshard not in ("auto", "always", "never"):
@@ -72,9 +75,20 @@ class ParallelPlan:
             )
         if self.layers and len(self.layers) != self.stages:
             raise UserError(f"layers names {len(self.layers)} stages, pp * virtual_stages makes {self.stages}")
-        if self.schedule == "interleaved" and self.pp > 1 and self.n_micro_batches % self.pp:
+        if self.contiguous and (self.schedule != "interleaved" or self.pp == 1):
             raise UserError(
-                f"micro_batches {self.micro_batches} does not divide by pp {self.pp}, as the interleaved schedule needs"
+                f"contiguous is {self.contiguous}, which needs pp of at least 2 (here {self.pp}) and the schedule "
+                f"interleaved (here {self.schedule})"
+            )
+        if self.contiguous and not self.pp <= self.contiguous <= self.n_micro_batches:
+            raise UserError(
+                f"contiguous is {self.contiguous}; it must lie between pp {self.pp} and micro_batches "
+                f"{self.n_micro_batches}"
+            )
+        if self.schedule == "interleaved" and not self.contiguous and self.n_micro_batches % self.pp:
+            raise UserError(
+                f"micro_batches {self.micro_batches} does not divide by pp {self.pp}: change one, or set contiguous "
+                f"to at least {self.pp}"
             )
 
     @property
@@ -123,7 +137,7 @@ class ParallelPlan:
                     way_out += f", or a vocabulary of {-(-cfg.vocab_size // self.tp) * self.tp}"
                 raise UserError(f"{name} {getattr(cfg, name)} does not divide by tp {self.tp}: {way_out}")
         if self.stages > 1:
-            if not self.layers and cfg.n_layers < self.stages:
+            if not self.layers and cfg.n_layers + 2 * self.trim_ends < self.stages:
                 raise UserError(f"{cfg.n_layers} layers do not fill {self.stages} pipeline stages: take a smaller pp")
             if sum(self.layers or (cfg.n_layers,)) != cfg.n_layers or min(self.layers or (0,)) < 0:
                 raise UserError(f"layers {self.layers} have the sum {sum(self.layers)}; the model has {cfg.n_layers}")

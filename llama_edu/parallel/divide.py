@@ -71,6 +71,7 @@ def parallelize(
         mesh["pp"],
         schedule=plan.schedule,
         micro_batches=plan.n_micro_batches,
+        contiguous=plan.contiguous,
         tp=mesh["tp"] if plan.tp > 1 else None,
         dtype=dtype,
     )

@@ -23,7 +23,8 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from .compat import quiet, takes
+from .compat import own_schedule, quiet, takes
+from .schedules import interleaved
 
 _SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -68,7 +69,7 @@ class Pipeline(nn.Module):
         stages: this rank's stages by number, parallelised already.
         n_stages: of the whole pipeline.
         mesh: the ranks of axis pp.
-        schedule, micro_batches: see `ParallelPlan`.
+        schedule, micro_batches, contiguous: see `ParallelPlan`.
         tp: the ranks of axis tp, or None.
         dtype: of the residual stream.
     """
@@ -81,6 +82,7 @@ class Pipeline(nn.Module):
         *,
         schedule: str,
         micro_batches: int,
+        contiguous: int = 0,
         tp: DeviceMesh | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -91,7 +93,7 @@ class Pipeline(nn.Module):
         self.layers = nn.ModuleDict({name: layer for stage in stages.values() for name, layer in stage.layers.items()})
         self.stages = tuple(stages.items())  # a tuple: their parameters are registered above, under their full names
         self.n_stages, self.mesh, self.tp, self.dtype = n_stages, mesh, tp, dtype
-        self.schedule, self.micro_batches = schedule, micro_batches
+        self.schedule, self.micro_batches, self.contiguous = schedule, micro_batches, contiguous
         self._running: dict[tuple, Any] = {}
         self._loss: Callable[[Tensor, Tensor], Tensor] | None = None
         for stage in stages.values():
@@ -166,13 +168,18 @@ class Pipeline(nn.Module):
             )
             for index, stage in self.stages
         ]
-        several = self.schedule in ("interleaved", "zero-bubble")
-        run = _SCHEDULES[self.schedule](
-            stages if several else stages[0],
-            n_microbatches=self.micro_batches,
-            loss_fn=lambda logits, targets: self._loss(logits, targets),
-            scale_grads=False,  # the loss has been divided by the number of all targets
-        )
+        options = {
+            "n_microbatches": self.micro_batches,
+            "loss_fn": lambda logits, targets: self._loss(logits, targets),
+            "scale_grads": False,  # the loss has been divided by the number of all targets
+        }
+        if self.contiguous:
+            ranks = self.mesh.size()
+            actions = interleaved(ranks, self.micro_batches, self.n_stages // ranks, self.contiguous)
+            run = own_schedule(stages, actions, **options)
+        else:
+            several = self.schedule in ("interleaved", "zero-bubble")
+            run = _SCHEDULES[self.schedule](stages if several else stages[0], **options)
         self._running[shape] = run
         return run
 
