@@ -46,7 +46,6 @@ def test_a_plan_that_cannot_be_is_refused(fields, words):
         ({"tp": 2}, {"vocab_size": 101}, "or a vocabulary of 102"),
         ({"pp": 8}, {}, "4 layers do not fill 8 pipeline stages"),
         ({"pp": 2, "layers": (2, 3)}, {}, "have the sum 5; the model has 4"),
-        ({"pp": 2}, {"tie_embeddings": True}, "untie them"),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused(fields, changes, words):

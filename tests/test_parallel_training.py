@@ -103,6 +103,19 @@ def test_a_checkpoint_goes_on_under_another_division(config, undivided, before, 
     assert_same(result, undivided)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [(P(pp=2, tp=2), P(dp=2)), (P(), P(pp=2, dp=2))], ids=["pp2tp2-to-dp2", "1-to-pp2dp2"]
+)
+def test_a_tied_matrix_with_two_copies_is_saved_as_one(config, before, after, tmp_path):
+    config = replace(config, model=LlamaConfig(**{**MODEL.to_dict(), "tie_embeddings": True}))
+    undivided = on(P(), replace(config, out_dir=str(tmp_path / "one")))[0]
+    on(before, config, stop_at=5)
+    result = on(after, config)[0]
+    assert result[2] == 3
+    assert_same(result, undivided)
+
+
 def test_checkpoints_behind_the_runs_back(config, undivided):
     config = replace(config, async_checkpoint=True, checkpoint_every=2)
     on(P(dp=2), config, stop_at=5)

@@ -82,15 +82,22 @@ def test_llama_3_takes_a_layer_off_both_ends():
     assert stage_layers(126, 1) == [126]
 
 
-@given(st.sampled_from((1, 2, 4)), st.sampled_from((1, 2)), st.sampled_from((1, 2, 4)), st.sampled_from((1, 3, 8)))
-@settings(max_examples=20, deadline=None)
-def test_the_shards_of_all_ranks_make_up_the_model(tp, cp, pp, dp):
-    sizes = {"tp": tp, "cp": cp, "pp": pp, "dp": dp}
+@given(
+    st.sampled_from((1, 2, 4)),
+    st.sampled_from((1, 2)),
+    st.sampled_from((1, 2, 4)),
+    st.sampled_from((1, 3, 8)),
+    st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_shards_of_all_ranks_make_up_the_model(tp, cp, pp, dp, tied):
+    sizes, cfg = {"tp": tp, "cp": cp, "pp": pp, "dp": dp}, replace(SMALL, tie_embeddings=tied)
     total = 0.0
     for rank in range(tp * cp * pp * dp):
-        for name, shape in shard_shapes(SMALL, coordinates(rank, **sizes), **sizes, virtual_stages=1).items():
+        for name, shape in shard_shapes(cfg, coordinates(rank, **sizes), **sizes, virtual_stages=1).items():
             total += math.prod(shape) / (tp if "norm" in name else 1)
-    assert total == pytest.approx(SMALL.num_parameters(), rel=1e-12)
+    copy = cfg.vocab_size * cfg.dim if tied and pp > 1 else 0  # on the first and on the last stage
+    assert total == pytest.approx(cfg.num_parameters() + copy, rel=1e-12)
 
 
 # Builds the 405B on the meta device under a fake process group of the real size, cuts it with PyTorch's own engine as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ __all__ = ["clip_gradients"]
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float, *, stages: int = 1) -> Tensor:
+def clip_gradients(
+    model: nn.Module, max_norm: float, *, stages: int = 1, counted_elsewhere: Sequence[nn.Parameter] = ()
+) -> Tensor:
     """Scale the gradients of a divided model down to a global norm of `max_norm`. Returns the norm before.
 
     What is sent: one number, over all ranks, so that all get the same bits. A part of which n ranks hold a copy counts
@@ -24,8 +27,10 @@ def clip_gradients(model: nn.Module, max_norm: float, *, stages: int = 1) -> Ten
     Args:
         model: this rank's part; its parameters may be DTensors over any axes of the mesh but that of the pipeline.
         stages: ranks among which different layers are shared out.
+        counted_elsewhere: parameters of this rank that another stage holds too, and counts.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
+    skipped = set(map(id, counted_elsewhere))
     parts: dict[int, list[Tensor]] = defaultdict(list)
     for p in parameters:
         grad, pieces = p.grad, 1
@@ -34,7 +39,8 @@ def clip_gradients(model: nn.Module, max_norm: float, *, stages: int = 1) -> Ten
                 grad = p.grad = grad.redistribute(placements=p.placements)
             sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
             pieces, grad = math.prod(n for place, n in sizes if not place.is_replicate()), grad.to_local()
-        parts[pieces].append(grad)
+        if id(p) not in skipped:
+            parts[pieces].append(grad)
     copies = dist.get_world_size() // stages
     squares = [get_total_norm(grads).double().square() * (pieces / copies) for pieces, grads in parts.items()]
     total = torch.stack(squares).sum()

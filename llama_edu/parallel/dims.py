@@ -141,11 +141,6 @@ class ParallelPlan:
                 raise UserError(f"{cfg.n_layers} layers do not fill {self.stages} pipeline stages: take a smaller pp")
             if sum(self.layers or (cfg.n_layers,)) != cfg.n_layers or min(self.layers or (0,)) < 0:
                 raise UserError(f"layers {self.layers} have the sum {sum(self.layers)}; the model has {cfg.n_layers}")
-            if cfg.tie_embeddings:
-                raise UserError(
-                    f"the embedding is the output matrix too (tie_embeddings), and pp {self.pp} would hold them on "
-                    "different ranks: use dp, cp or tp, or untie them"
-                )
 
     def check_sequence(self, seq_len: int) -> None:
         """Raise UserError where a sequence cannot be divided so."""

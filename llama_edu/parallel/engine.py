@@ -35,6 +35,8 @@ from llama_edu.training.utilisation import has_bf16
 
 __all__ = ["ParallelEngine", "join_ranks"]
 
+_TIED = ("tok_embeddings.weight", "output.weight")
+
 
 def join_ranks(timeout: float = 600.0) -> None:
     """Make this process a rank: of the group that torchrun describes in the environment, or the only one of its own.
@@ -209,7 +211,11 @@ class ParallelEngine(Engine):
         return x
 
     def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        return clip_gradients(model, max_norm, stages=self.plan.pp)
+        counted_elsewhere = ()
+        if isinstance(model, Pipeline) and model.tied is not None:
+            model.add_tied_gradients()
+            counted_elsewhere = () if model.has_first else (model.tied,)
+        return clip_gradients(model, max_norm, stages=self.plan.pp, counted_elsewhere=counted_elsewhere)
 
     @torch.no_grad()
     def evaluate(
@@ -297,6 +303,28 @@ class ParallelEngine(Engine):
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)
+
+    # --- what a checkpoint holds --------------------------------------------------------------------------------------
+
+    def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+        """See `Engine.state`. Both copies of a tied matrix have the names of one process, and are written once."""
+        state = super().state(model, optimizer)
+        if isinstance(model, Pipeline) and model.tied is not None:
+            matrix = next(t for name, t in state["model"].items() if name in _TIED)
+            state["model"] |= dict.fromkeys(_TIED, matrix)
+            moments = state["optimizer"].items()
+            state["optimizer"] = {name.replace(".output.", ".tok_embeddings."): t for name, t in moments}
+        return state
+
+    def load_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]
+    ) -> None:
+        if isinstance(model, Pipeline) and model.tied is not None:
+            moments = state["optimizer"]
+            if model.has_last:
+                moments = {name.replace(".tok_embeddings.", ".output."): t for name, t in moments.items()}
+            state = {"model": {name: state["model"][name] for name in model.state_dict()}, "optimizer": moments}
+        super().load_state(model, optimizer, state)
 
     def snapshot(self, tensor: Tensor, buffer: Tensor | None) -> Tensor:
         return host_copy(tensor, buffer)

@@ -176,7 +176,7 @@ def shard_shapes(
             shapes.update({f"layers.{layer}.{name}": shape for name, shape in _tp_shapes(cfg, tp).items()})
         if stage == len(layers) - 1:
             shapes["norm.weight"] = (cfg.dim,)
-            if not cfg.tie_embeddings:
+            if not cfg.tie_embeddings or pp > 1:  # the last stage has a copy of a tied matrix
                 shapes["output.weight"] = (cfg.vocab_size // tp, cfg.dim)
     index = at.get("dp", 0) * cp + at.get("cp", 0)
     return {name: _cut(shape, dp * cp, index) for name, shape in shapes.items()}
@@ -321,8 +321,6 @@ def _refuse(p: ClusterPlan, gpus: int) -> str | None:
         return f"{p.seq_len // p.cp:,} tokens a context rank do not divide by tp {p.tp}"
     if p.batch_per_dp % p.micro_batch:
         return f"batch_per_dp {p.batch_per_dp} does not divide by micro_batch {p.micro_batch}"
-    if p.pp > 1 and p.cfg.tie_embeddings:
-        return f"the embedding is the output matrix too, and pp {p.pp} would hold them on different GPUs: take pp 1"
     if p.pp == 1 and p.virtual_stages > 1:
         return f"virtual_stages {p.virtual_stages} needs a pipeline; pp is 1"
     if p.virtual_stages > 1 and p.micro_batches % p.pp:
@@ -709,7 +707,6 @@ class PlanSearch:
             "sequences": "the batch does not divide by dp",
             "pipeline stages": "more stages than layers",
             "does not divide by tp": "heads or widths do not divide by tp",
-            "the output matrix too": "tied embeddings do not go with a pipeline",
         }
         found = (next((words for mark, words in kinds.items() if mark in reason), reason) for _, reason in self.refused)
         return dict(Counter(found).most_common())

@@ -112,6 +112,28 @@ class Pipeline(nn.Module):
         """This rank has the output, and with it the loss."""
         return self.stages[-1][0] == self.n_stages - 1
 
+    @property
+    def tied(self) -> nn.Parameter | None:
+        """This rank's copy of an embedding that is the output matrix too; None where it has none."""
+        end = self.tok_embeddings if self.has_first else self.output
+        return end.weight if self.cfg.tie_embeddings and end is not None else None
+
+    @torch.no_grad()
+    def add_tied_gradients(self) -> None:
+        """Give both copies of a tied matrix the sum of their gradients. Called once a step, where there is a copy.
+
+        What is sent: the gradient of this rank's part, each way, between the first and the last stage. Both add the
+        same two numbers, so that the copies keep the same bits.
+        """
+        group = self.mesh.get_group()
+        other = dist.get_global_rank(group, self.mesh.size() - 1 if self.has_first else 0)
+        mine = self.tied.grad.to_local().contiguous()
+        theirs = torch.empty_like(mine)
+        both = [dist.P2POp(dist.isend, mine, other, group), dist.P2POp(dist.irecv, theirs, other, group)]
+        for message in dist.batch_isend_irecv(both):
+            message.wait()
+        self.tied.grad.to_local().add_(theirs)
+
     def step(self, loss: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, targets: Tensor, **kwargs: Tensor) -> None:
         """Run a batch forward and backward in micro-batches. The gradients are added to the parameters.
 
