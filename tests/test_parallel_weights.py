@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llama_edu import LlamaConfig, Transformer
-from llama_edu.parallel import ParallelEngine, ParallelPlan, run_ranks
+from llama_edu.model.checkpoint import save_pretrained
+from llama_edu.parallel import ParallelEngine, ParallelPlan, RankError, run_ranks
 from llama_edu.parallel.checkpoint import whole_state
 from llama_edu.training import TrainConfig
 
@@ -58,6 +59,32 @@ def test_fresh_weights_are_those_of_one_process(plan):
             _, after, tables = rank[i]
             assert torch.equal(after, generator)
             assert all(torch.equal(table, alone.rope_cos) for table in tables)
+
+
+def _pretrained(plan, folders, models):
+    found = []
+    for folder, cfg in zip(folders, models):
+        config = replace(CONFIG, model=cfg)
+        engine = ParallelEngine(plan, weights=folder)
+        found.append(whole_state(engine.prepare(engine.build(config), config), engine.mesh, engine._control))
+    return found
+
+
+def test_pretrained_weights_are_read_in_parts(tmp_path):
+    """From both layouts, Meta's in two files: a parameter is put together before it is divided."""
+    tied = LlamaConfig(**{**SMALL.to_dict(), "tie_embeddings": True})
+    folders, models = [tmp_path / "hf", tmp_path / "meta"], [tied, SMALL]
+    alone = [Transformer(cfg) for cfg in models]
+    alone[0].save_pretrained(folders[0], max_shard_size="20KB")
+    save_pretrained(alone[1], folders[1], format="meta", model_parallel=2)
+    for plan in (P(dp=2, tp=2), P(pp=2, tp=2)):
+        states = run_ranks(_pretrained, 4, plan, folders, models)[0]
+        for state, model in zip(states, alone, strict=True):
+            assert set(state) == set(model.state_dict())
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(state[name], tensor), name
+    with pytest.raises(RankError, match=r"tok_embeddings.weight is \(96, 40\) in .* and \(98, 40\) in the config"):
+        run_ranks(_pretrained, 2, P(dp=2), folders[:1], [replace(tied, vocab_size=98)])
 
 
 def _memory(name):

@@ -26,7 +26,7 @@ from .safetensors_io import read_headers, read_tensor, write_safetensors
 from .transformer import Transformer
 
 # %% auto #0
-__all__ = ['tensor_shapes', 'hf_name', 'load_pretrained', 'save_pretrained', 'convert']
+__all__ = ['tensor_shapes', 'hf_name', 'load_pretrained', 'read_pretrained', 'save_pretrained', 'convert']
 
 # %% ../../notebooks/25_checkpoints.ipynb #59f831bd
 def tensor_shapes(cfg: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -406,6 +406,32 @@ def load_pretrained(
     model.build_tables()
     model.generation_config = checkpoint.generation_config
     return model
+
+
+def read_pretrained(path: str | Path, *, verify: bool = True) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
+    """A model as `load_pretrained` finds it, but its parameters one by one: for who has no room for all of them.
+
+    Args:
+        path, verify: as in `load_pretrained`, which says what is raised.
+
+    Returns:
+        The configuration, and an iterator of (Meta's name, whole parameter) in the dtype of the folder; a tied output
+        is left out. Headers have been checked when it is returned, tensors are read as they are asked for.
+    """
+    checkpoint = _open(_locate(path))
+    if verify:
+        check_sums(checkpoint.files[0].parent, checkpoint.files)
+    shapes = dict(tensor_shapes(checkpoint.cfg))
+
+    def parameters() -> Iterator[tuple[str, Tensor]]:
+        pieces = sorted(checkpoint.pieces, key=lambda piece: piece.name)  # of one parameter, from all files
+        for name, group in groupby(_tensors(pieces), key=lambda found: found[0].name):
+            whole = torch.empty(shapes[name], dtype=checkpoint.dtype)
+            for piece, tensor in group:
+                piece.put(tensor, whole)
+            yield name, whole
+
+    return checkpoint.cfg, parameters()
 
 # %% ../../notebooks/25_checkpoints.ipynb #9ce02c4f
 _OWNED = re.compile(

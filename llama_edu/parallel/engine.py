@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from llama_edu.parallel.divide import parallelize
 from llama_edu.parallel.pp import Pipeline
 from llama_edu.parallel.resilience import attempt_store, limit_waiting
 from llama_edu.parallel.tp import parallel_cross_entropy
-from llama_edu.parallel.weights import allocate, draw_weights
+from llama_edu.parallel.weights import allocate, draw_weights, read_weights
 from llama_edu.training.config import TrainConfig
 from llama_edu.training.engine import Engine
 from llama_edu.training.loss import chunked_cross_entropy
@@ -68,14 +69,16 @@ class ParallelEngine(Engine):
     Args:
         plan: how the work is divided.
         timeout: seconds after which a collective that a rank does not join fails.
+        weights: folder or Hub id of a pretrained model to start from, in place of fresh weights. No rank holds all of
+            it, as it would with a model handed to `train`.
 
     Raises:
         UserError: there are more or fewer ranks than the plan needs.
     """
 
-    def __init__(self, plan: ParallelPlan, *, timeout: float = 600.0) -> None:
+    def __init__(self, plan: ParallelPlan, *, timeout: float = 600.0, weights: str | Path | None = None) -> None:
         join_ranks(timeout)
-        self.timeout = timeout
+        self.timeout, self.weights = timeout, weights
         self.plan, self.rank, self.world_size = plan, dist.get_rank(), dist.get_world_size()
         plan.check_world(self.world_size)
         # Small things travel between the hosts, on a group that no tensor of the step can block.
@@ -101,12 +104,12 @@ class ParallelEngine(Engine):
         return self._mesh
 
     def build(self, config: TrainConfig) -> nn.Module:
-        """A model without weights: `prepare` draws those of one process, and no rank ever holds all of them."""
+        """A model without weights: `prepare` draws those of one process, or reads `weights`, and keeps a part."""
         with torch.device("meta"):
             return Transformer(config.model)
 
     def prepare(self, model: nn.Module, config: TrainConfig) -> nn.Module:
-        """See `Engine.prepare`. A model on the meta device gets the fresh weights of one process."""
+        """See `Engine.prepare`. A model on the meta device gets its weights here."""
         plan, device = self.plan, self.device(config.device)
         self._cfg = model.cfg
         plan.check_model(model.cfg)
@@ -130,7 +133,10 @@ class ParallelEngine(Engine):
         )
         if first.is_meta:
             allocate(divided, device)
-            draw_weights(divided, model.cfg)
+            if self.weights is None:
+                draw_weights(divided, model.cfg)
+            else:
+                read_weights(divided, model.cfg, self.weights)
         limit_waiting(self.timeout)  # the groups of the mesh are all there now
         return divided
 

@@ -1,19 +1,22 @@
-"""Weights of a model that no rank holds whole: drawn one tensor at a time, of which each rank keeps its part."""
+"""Weights of a model that no rank holds whole: drawn or read a tensor at a time, of which each rank keeps its part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llama_edu.config import LlamaConfig
+from llama_edu.errors import UserError
+from llama_edu.model.checkpoint import read_pretrained, tensor_shapes
 from llama_edu.model.rope import rope_table
 from llama_edu.model.transformer import Transformer, TransformerBlock
 from llama_edu.parallel.pp import Pipeline
 
-__all__ = ["allocate", "draw_weights", "keep_part"]
+__all__ = ["allocate", "draw_weights", "keep_part", "read_weights"]
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
@@ -44,15 +47,46 @@ def draw_weights(model: nn.Module, cfg: LlamaConfig) -> None:
     Args:
         model: divided, with memory (`allocate`).
     """
-    own = dict(model.named_parameters())
-    if "output.weight" in own and cfg.tie_embeddings:  # the last stage of a pipeline has a copy
-        own.setdefault("tok_embeddings.weight", own["output.weight"])
+    own = _own_parameters(model, cfg)
     # The layers of PyTorch draw as they are made, before `init_weights` draws again.
     nn.Embedding(cfg.vocab_size, cfg.dim)
     for _ in range(cfg.n_layers):
         TransformerBlock(cfg)
     nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
     Transformer.init_weights(_OneByOne(cfg, lambda name, whole: keep_part(own[name], whole) if name in own else None))
+
+
+def read_weights(model: nn.Module, cfg: LlamaConfig, path: str | Path) -> None:
+    """Fill this rank's part with the weights of a Hugging Face or Meta folder, or of a Hub id.
+
+    Every rank reads all files, a tensor at a time.
+
+    Args:
+        model: divided, with memory (`allocate`).
+
+    Raises:
+        UserError: the folder is no model, is damaged, or has a model of another shape.
+    """
+    found, tensors = read_pretrained(path)
+    theirs, ours = (dict(tensor_shapes(c)) for c in (found, cfg))
+    if theirs != ours:
+        name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+        raise UserError(
+            f"{name} is {theirs.get(name, 'absent')} in {path} and {ours.get(name, 'absent')} in the configuration: "
+            "give that of the folder"
+        )
+    own = _own_parameters(model, cfg)
+    for name, whole in tensors:
+        if name in own:
+            keep_part(own[name], whole)
+
+
+def _own_parameters(model: nn.Module, cfg: LlamaConfig) -> dict[str, Tensor]:
+    """This rank's parameters, a tied matrix under the name it has in a whole model."""
+    own: dict[str, Tensor] = dict(model.named_parameters())
+    if cfg.tie_embeddings and "output.weight" in own:  # on the last stage of a pipeline
+        own.setdefault("tok_embeddings.weight", own["output.weight"])
+    return own
 
 
 class _OneByOne:
