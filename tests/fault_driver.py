@@ -87,7 +87,7 @@ class Faulty(ParallelEngine):
         if self.fault.get("kind") == "slow":
             time.sleep(0.1)
         hook = None
-        if self.fault.get("kind") == "nan" and self.steps == self.fault["step"]:
+        if self.fault.get("kind") == "nan" and 0 <= self.steps - self.fault["step"] < self.fault.get("times", 1):
             hook = model.register_forward_hook(lambda module, args, out: out * math.nan)
         try:
             return super().backward(model, batch, count, config, **kwargs)

@@ -141,11 +141,21 @@ def test_a_straggler_is_named(driver, tmp_path):
 @pytest.mark.slow
 def test_nan_on_one_rank_is_skipped_by_all(driver):
     found = driver.run(fault={"kind": "nan", "rank": 1, "step": 5})
-    assert [entry["step"] for entry in found["metrics"] if entry["skipped"]] == [5]
+    assert [(e["step"], e["nonfinite_ranks"]) for e in found["metrics"] if e["skipped"]] == [(5, [1])]
     for rank in found["ranks"]:
         assert (rank["attempt"], rank["skipped"]) == (0, 1)
         assert [step for step, _, skipped in rank["steps"] if skipped] == [5]
     assert [x for x in found["ranks"][0]["steps"] if x[0] != 5] == [x for x in found["ranks"][1]["steps"] if x[0] != 5]
+
+
+@pytest.mark.slow
+def test_nan_that_does_not_end_stops_the_job_and_names_the_rank(driver):
+    changes = {"max_skipped": 2, "max_rewinds": 0}
+    fault = {"kind": "nan", "rank": 1, "step": 5, "times": 2}
+    found = driver.run(fault=fault, changes=changes, restarts=0)
+    told = "loss or gradient was not finite in 2 steps in a row, up to step 6, there on rank 1: lower lr"
+    assert told in found["failed"], found
+    assert [told in sentence for sentence in sentences(found)] == [True]
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ class _Run:
         # two differ once data was passed over.
         self.step = self.tokens = self.sequence = 0
         self.skipped = self.skipped_in_a_row = self.rewinds = 0
+        self.broken: list[int] = []  # ranks whose own loss was not finite in the last step that was skipped
         self.saved = 0
         self.fresh = False
         self.remarks: dict[str, Any] = {}  # for the metrics of the next step
@@ -221,7 +222,8 @@ class _Run:
         )
         batch = Batch(*(t.to(self.device) for t in batch))
         count = engine.total((batch.targets != IGNORE).sum())
-        loss = engine.total(engine.backward(self.model, batch, count, config, autocast=self.bf16))
+        part = engine.backward(self.model, batch, count, config, autocast=self.bf16)
+        loss = engine.total(part)
         norm = engine.clip(self.model, config.clip)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one time that the host waits for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -230,6 +232,9 @@ class _Run:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if not finite and engine.world_size > 1:  # the same decision on all ranks, so all are asked
+            broken = engine.gather(not bool(part.isfinite()))
+            self.broken = self.remarks["nonfinite_ranks"] = [rank for rank, found in enumerate(broken) if found]
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         entry = {
@@ -256,6 +261,8 @@ class _Run:
         self.saver.wait()
         path = self.find_checkpoint(good=True) if self.rewinds < config.max_rewinds else None
         fault = f"loss or gradient was not finite in {bad} steps in a row, up to step {at}"
+        if self.broken:
+            fault += f", there on {'rank' if len(self.broken) == 1 else 'ranks'} {', '.join(map(str, self.broken))}"
         if path is None:
             often = f", and {self.rewinds} times before that" if self.rewinds else ""
             raise UserError(f"{fault}{often}: lower lr (now {config.lr}) or lengthen warmup (now {config.warmup})")

@@ -22,7 +22,8 @@ class TrainResult:
         model: the trained model, in float32.
         history: the lines of `metrics.jsonl`, one a step: step, tokens (seen so far), loss, lr, grad_norm, skipped,
             tokens_per_second and, where there are any, val_loss, val_bits_per_byte, samples, mfu, checkpoint_seconds
-            (how long the save after the step before held this one up) and, after a rewind, rewound_from.
+            (how long the save after the step before held this one up) and, after a rewind, rewound_from; of a skipped
+            step on several ranks nonfinite_ranks, those whose own part of the loss was not finite.
         step: steps done.
         interrupted: a signal ended the run early; the same call goes on.
         resumed_from: the step of the checkpoint it went on from; 0 for a fresh run.
