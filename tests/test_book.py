@@ -70,7 +70,7 @@ def test_the_bibliography_has_every_paper_once_and_no_other():
     listed = re.findall(r"^\(arxiv-(\d{4})-(\d{4,5})\)=$", (ROOT / "docs/bibliography.md").read_text(), re.M)
     texts = [p for folder in ("notebooks", "llama_edu", "docs") for p in (ROOT / folder).rglob("*")]
     texts = [p.read_text() for p in texts if p.suffix in (".ipynb", ".py", ".md") and p.name != "bibliography.md"]
-    cited = {tuple(c) for text in texts for c in re.findall(r"arXiv (\d{4})\.(\d{4,5})", text)}
+    cited = {tuple(c) for text in texts for c in re.findall(r'arXiv(?:\s+|\\n",\s+")(\d{4})\.(\d{4,5})', text)}
     assert Counter(listed) == Counter(cited)
 
 
