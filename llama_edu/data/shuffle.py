@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 # %% ../../notebooks/30_data.ipynb #eb475bb7
-TURNS = 8  # of the network; four already look random, the rest costs little
+TURNS = 8  # rounds of the network; the lesson shows what one and two leave visible
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
