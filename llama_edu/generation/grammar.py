@@ -7,7 +7,7 @@ __all__ = ['UNKNOWN', 'JSONState', 'json_step', 'json_run', 'is_complete', 'byte
 __doc__ = "Text that obeys a grammar: JSON as an automaton over bytes, and the tokens that it lets through."
 
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -75,6 +75,7 @@ def _string(mode: str, byte: int) -> str | None:
     return then if low <= byte <= high else None
 
 # %% ../../notebooks/51_sampling.ipynb #4aa6b451
+@lru_cache(1 << 16)  # few states, and the same bytes over and over
 def json_step(state: JSONState, byte: int) -> JSONState | None:
     """The state after one more byte, None when it cannot come here.
 
