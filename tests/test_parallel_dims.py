@@ -41,7 +41,7 @@ def test_a_plan_that_cannot_be_is_refused(fields, words):
     ("fields", "changes", "words"),
     [
         ({"tp": 3}, {}, "n_heads 8 does not divide by tp 3"),
-        ({"tp": 4}, {}, "n_kv_heads 2 does not divide by tp 4"),
+        ({"tp": 4}, {"n_heads": 12, "n_kv_heads": 6, "head_dim": 8}, "n_kv_heads 6 and tp 4: .* take another tp"),
         ({"tp": 2}, {"ffn_dim": 97}, "ffn_dim 97 does not divide by tp 2"),
         ({"tp": 2}, {"vocab_size": 101}, "or a vocabulary of 102"),
         ({"pp": 8}, {}, "4 layers do not fill 8 pipeline stages"),

@@ -55,16 +55,17 @@ def fresh(config, dtype):
 
 
 @cache
-def reference(model_config, document_mask, dtype):
+def reference(model_config, document_mask, z_loss, dtype):
     """One process, plain PyTorch."""
     config = replace(CONFIG, model=model_config, document_mask=document_mask)
     model, data, steps = fresh(config, dtype).train(), batch(), []
     optimizer = make_optimizer(model, config.lr)
     for _ in range(3):
         logits = model(data.tokens, document_ids=data.document_ids if document_mask else None)
-        loss = F.cross_entropy(logits.flatten(0, 1), data.targets.flatten(), reduction="sum")
-        loss = loss / (data.targets != -100).sum()
-        loss.backward()
+        mean = 1 / (data.targets != -100).sum().item()
+        loss = mean * F.cross_entropy(logits.flatten(0, 1), data.targets.flatten(), reduction="sum")
+        penalty = mean * (logits.logsumexp(-1).square() * (data.targets != -100)).sum()
+        (loss + z_loss * penalty).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         steps.append((loss.item(), norm.item(), gradients))
@@ -77,8 +78,12 @@ def whole(t):
     return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
 
-def _train(plan, config, dtype):
+def _train(cases, dtype):
     quiet_gathers()
+    return [_steps(plan, config, dtype) for plan, config in cases]
+
+
+def _steps(plan, config, dtype):
     engine = ParallelEngine(plan)
     model = engine.prepare(fresh(config, dtype), config)
     optimizer = engine.optimizer(model, config)
@@ -95,21 +100,27 @@ def _train(plan, config, dtype):
     return steps, {name: whole(p) for name, p in model.named_parameters()}
 
 
-def differences(plan, config=CONFIG, dtype=torch.float64):
+def launch(cases, dtype):
+    """What each case of (plan, config) gave on each rank. All have as many ranks, and are run by the same ones."""
+    (world_size,) = {plan.world_size for plan, _ in cases}
+    return zip(*run_ranks(_train, world_size, cases, dtype, timeout=300))
+
+
+def differences(*cases, dtype=torch.float64):
     """Largest differences from one process: of losses, norms, gradients, weights. Every parameter must be somewhere."""
-    steps, weights = reference(config.model, config.document_mask, dtype)
-    worst, seen, ranks = [0.0] * 4, set(), run_ranks(_train, plan.world_size, plan, config, dtype)
-    if config.model.tie_embeddings and plan.pp > 1:
-        join_copies(ranks, plan)
-    for rank_steps, rank_weights in ranks:
-        for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(rank_steps, steps, strict=True):
-            worst[0], worst[1] = max(worst[0], abs(loss - true_loss)), max(worst[1], abs(norm - true_norm))
-            for name, g in gradients.items():
-                worst[2] = max(worst[2], (g - true_gradients[name]).abs().max().item())
-        for name, p in rank_weights.items():
-            worst[3] = max(worst[3], (p - weights[name]).abs().max().item())
-        seen |= set(rank_weights)
-    assert seen == set(weights)
+    worst = [0.0] * 4
+    for (plan, config), ranks in zip(cases, launch(cases, dtype), strict=True):
+        steps, weights = reference(config.model, config.document_mask, config.z_loss, dtype)
+        if config.model.tie_embeddings and plan.pp > 1:
+            join_copies(ranks, plan)
+        for rank_steps, rank_weights in ranks:
+            for (loss, norm, gradients), (true_loss, true_norm, true_gradients) in zip(rank_steps, steps, strict=True):
+                worst[0], worst[1] = max(worst[0], abs(loss - true_loss)), max(worst[1], abs(norm - true_norm))
+                for name, g in gradients.items():
+                    worst[2] = max(worst[2], (g - true_gradients[name]).abs().max().item())
+            for name, p in rank_weights.items():
+                worst[3] = max(worst[3], (p - weights[name]).abs().max().item())
+        assert set().union(*(rank_weights for _, rank_weights in ranks)) == set(weights)
     return worst
 
 
@@ -145,30 +156,30 @@ def name_of(plan):
 
 @pytest.mark.parametrize("plan", ALONE + PAIRS + SCHEDULES, ids=name_of)
 def test_a_divided_model_trains_as_one_process_does(plan):
-    assert max(differences(plan)) < 1e-12
+    assert max(differences((plan, CONFIG))) < 1e-12
 
 
 @pytest.mark.parametrize("contiguous", [4, 8])
 def test_llama_3s_order_on_four_ranks(contiguous):
     model = LlamaConfig(**{**MODEL.to_dict(), "n_layers": 6})
     plan = P(pp=4, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=contiguous)
-    assert max(differences(plan, replace(CONFIG, model=model))) < 1e-12
+    assert max(differences((plan, replace(CONFIG, model=model)))) < 1e-12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", TRIPLES, ids=name_of)
 def test_three_divisions_on_eight_ranks(plan):
-    assert max(differences(plan)) < 1e-12
+    assert max(differences((plan, CONFIG))) < 1e-12
 
 
 @pytest.mark.parametrize("plan", [P(cp=2, pp=2), P(dp=2, tp=2)], ids=name_of)
 def test_without_documents_with_recomputation_in_parts(plan):
     config = replace(CONFIG, document_mask=False, recompute="full", accumulate=2)
-    assert max(differences(plan, config)) < 1e-12
+    assert max(differences((plan, config))) < 1e-12
 
 
 def test_a_recomputed_layer_sees_the_mask_of_its_own_micro_batch():
-    assert max(differences(P(cp=2, pp=2, micro_batches=4), replace(CONFIG, recompute="selective"))) < 1e-12
+    assert max(differences((P(cp=2, pp=2, micro_batches=4), replace(CONFIG, recompute="selective")))) < 1e-12
 
 
 TIED = [
@@ -186,32 +197,74 @@ def test_a_tied_embedding_stays_tied(plan):
     config = replace(CONFIG, model=LlamaConfig(**{**MODEL.to_dict(), "tie_embeddings": True}))
     if plan.pp == 2 and plan.virtual_stages == 1:
         config = replace(config, accumulate=2)  # the copies are added up once, after all parts
-    assert max(differences(plan, config)) < 1e-12
+    assert max(differences((plan, config))) < 1e-12
 
 
-def test_the_loss_in_chunks():
-    assert max(differences(P(dp=2, cp=2), replace(CONFIG, loss_chunk=24))) < 1e-12
+# Chunks of 24 tokens are no divisor of anything; the z-loss is large enough to change every gradient.
+LOSS = replace(CONFIG, z_loss=0.01, loss_chunk=24)
+LOSSES = {
+    2: [(P(tp=2), replace(CONFIG, z_loss=0.01)), (P(tp=2), LOSS), (P(pp=2), LOSS), (P(cp=2), LOSS), (P(dp=2), LOSS)],
+    4: [
+        (P(tp=2, pp=2), replace(LOSS, accumulate=2)),
+        (P(cp=2, tp=2), replace(LOSS, document_mask=False, recompute="full")),
+        (P(dp=2, tp=2), replace(LOSS, recompute="selective")),
+        (P(dp=2, pp=2, schedule="zero-bubble", virtual_stages=2), LOSS),
+        (P(cp=2, pp=2, schedule="gpipe"), LOSS),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", LOSSES)
+def test_z_loss_and_the_loss_in_chunks(world_size):
+    assert max(differences(*LOSSES[world_size])) < 1e-12
+
+
+def few(heads, config=CONFIG):
+    return replace(config, model=LlamaConfig(**{**MODEL.to_dict(), "n_kv_heads": heads}))
+
+
+SHARED = {
+    2: [(P(tp=2), few(1))],
+    4: [
+        (P(tp=4), few(2)),
+        (P(dp=2, tp=2), few(1, replace(CONFIG, recompute="full"))),
+        (P(tp=2, pp=2), few(1, LOSS)),
+        (P(cp=2, tp=2), few(1, replace(LOSS, recompute="selective", accumulate=2))),
+    ],
+    8: [(P(tp=8), few(2)), (P(dp=4, dp_replicate=2, tp=2), few(1))],
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_fewer_key_value_heads_than_ranks(world_size):
+    assert max(differences(*SHARED[world_size])) < 1e-12
 
 
 def test_float32():
-    *numbers, weights = differences(P(dp=2, tp=2), dtype=torch.float32)
+    *numbers, weights = differences((P(dp=2, tp=2), CONFIG), (P(tp=4), few(2, LOSS)), dtype=torch.float32)
     assert max(numbers) < 1e-5
     assert weights < 1e-3
 
 
-@pytest.mark.parametrize("plan", [P(dp=2), P(tp=2, pp=2)], ids=name_of)
-def test_bfloat16_beside_float32_sums(plan):
-    steps, _ = reference(MODEL, True, torch.float32)
-    true_loss, true_norm, true_gradients = steps[0]
-    for rank_steps, weights in run_ranks(
-        _train, plan.world_size, plan, replace(CONFIG, precision="bf16"), torch.float32
-    ):
-        loss, norm, gradients = rank_steps[0]
-        assert abs(loss - true_loss) < 0.01
-        assert abs(norm / true_norm - 1) < 0.02
-        error = sum((g - true_gradients[name]).square().sum() for name, g in gradients.items()).sqrt()
-        assert error < 0.04 * true_norm
-        assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
+BF16 = {
+    2: [(P(dp=2), CONFIG), (P(tp=2), few(1, LOSS))],
+    4: [(P(tp=2, pp=2), CONFIG), (P(tp=2, pp=2), LOSS)],
+}
+
+
+@pytest.mark.parametrize("world_size", BF16)
+def test_bfloat16_beside_float32_sums(world_size):
+    cases = [(plan, replace(config, precision="bf16")) for plan, config in BF16[world_size]]
+    for (_, config), ranks in zip(cases, launch(cases, torch.float32), strict=True):
+        steps, _ = reference(config.model, True, config.z_loss, torch.float32)
+        true_loss, true_norm, true_gradients = steps[0]
+        for rank_steps, weights in ranks:
+            loss, norm, gradients = rank_steps[0]
+            assert abs(loss - true_loss) < 0.01
+            assert abs(norm / true_norm - 1) < 0.02
+            error = sum((g - true_gradients[name]).square().sum() for name, g in gradients.items()).sqrt()
+            assert error < 0.04 * true_norm
+            assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
 
 
 @pytest.mark.slow
@@ -220,7 +273,7 @@ def test_compiled_layers_give_the_same():
     code = (
         "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
         "for plan in (t.P(dp=2), t.P(cp=2), t.P(pp=2)):\n"
-        "    print(max(t.differences(plan, replace(t.CONFIG, compile=True))))"
+        "    print(max(t.differences((plan, replace(t.CONFIG, compile=True)))))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     root = Path(__file__).resolve().parent.parent

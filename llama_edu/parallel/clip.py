@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 __all__ = ["clip_gradients"]
 
@@ -30,6 +30,7 @@ def clip_gradients(
         counted_elsewhere: parameters of this rank that another stage holds too, and counts.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
+    local: list[Tensor] = []
     skipped = set(map(id, counted_elsewhere))
     parts: dict[int, list[Tensor]] = defaultdict(list)
     for p in parameters:
@@ -39,6 +40,7 @@ def clip_gradients(
                 grad = p.grad = grad.redistribute(placements=p.placements)
             sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
             pieces, grad = math.prod(n for place, n in sizes if not place.is_replicate()), grad.to_local()
+        local.append(grad)
         if id(p) not in skipped:
             parts[pieces].append(grad)
     copies = dist.get_world_size() // stages
@@ -46,5 +48,6 @@ def clip_gradients(
     total = torch.stack(squares).sum()
     dist.all_reduce(total)
     norm = total.sqrt().to(parameters[0].grad.dtype)
-    clip_grads_with_norm_(parameters, max_norm, norm)
+    # As torch.nn.utils.clip_grads_with_norm_ does, but for its wish that all DTensors have the same mesh.
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -10,7 +10,16 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["flatten_mesh", "own_schedule", "pair_mesh", "quiet", "quiet_gathers", "sum_gradients", "takes"]
+__all__ = [
+    "flatten_mesh",
+    "own_schedule",
+    "pair_mesh",
+    "quiet",
+    "quiet_gathers",
+    "split_mesh",
+    "sum_gradients",
+    "takes",
+]
 
 
 def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
@@ -41,6 +50,14 @@ def pair_mesh(mesh: DeviceMesh, axis: str, flattened: str) -> DeviceMesh:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
         return mesh[axis, flattened]
+
+
+def split_mesh(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of one axis as one of several, the first the outermost. Its root stays the same, as FSDP wants it.
+
+    Every rank of the mesh must ask, in the same order: it makes process groups.
+    """
+    return mesh._unflatten(0, sizes, names)
 
 
 def quiet(message: str) -> None:

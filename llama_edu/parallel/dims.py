@@ -130,12 +130,17 @@ class ParallelPlan:
 
     def check_model(self, cfg: LlamaConfig) -> None:
         """Raise UserError where the model cannot be divided so."""
-        for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+        for name in ("n_heads", "ffn_dim", "vocab_size"):
             if getattr(cfg, name) % self.tp:
                 way_out = "take another tp"
                 if name == "vocab_size":
                     way_out += f", or a vocabulary of {-(-cfg.vocab_size // self.tp) * self.tp}"
                 raise UserError(f"{name} {getattr(cfg, name)} does not divide by tp {self.tp}: {way_out}")
+        if cfg.n_kv_heads % self.tp and self.tp % cfg.n_kv_heads:
+            raise UserError(
+                f"n_kv_heads {cfg.n_kv_heads} and tp {self.tp}: a rank holds whole key/value heads, or several ranks "
+                "hold the same one, so one number must divide the other: take another tp"
+            )
         if self.stages > 1:
             if not self.layers and cfg.n_layers + 2 * self.trim_ends < self.stages:
                 raise UserError(f"{cfg.n_layers} layers do not fill {self.stages} pipeline stages: take a smaller pp")

@@ -11,7 +11,7 @@ from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
 from llama_edu.parallel.pp import Pipeline, cut_stages
-from llama_edu.parallel.tp import apply_tp
+from llama_edu.parallel.tp import apply_tp, head_mesh
 from llama_edu.training.recompute import recompute as apply_recompute
 
 __all__ = ["parallelize"]
@@ -53,10 +53,12 @@ def parallelize(
     if plan.pp == 1:
         stages = {0: model}
     shards = fsdp_mesh(mesh)
+    tp = mesh["tp"]
+    heads = head_mesh(tp, model.cfg.n_kv_heads)
     dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
     for stage in stages.values():
         if plan.tp > 1:
-            apply_tp(stage, mesh["tp"])
+            apply_tp(stage, tp, heads)
         if plan.cp > 1:
             apply_cp(stage, mesh["cp"])
         apply_recompute(stage, recompute)
@@ -72,7 +74,7 @@ def parallelize(
         schedule=plan.schedule,
         micro_batches=plan.n_micro_batches,
         contiguous=plan.contiguous,
-        tp=mesh["tp"] if plan.tp > 1 else None,
+        tp=tp if plan.tp > 1 else None,
         dtype=dtype,
     )
     for stage in stages.values():

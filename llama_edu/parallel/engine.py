@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor.parallel import loss_parallel
 
 from llama_edu.data.tokens import IGNORE, Batch, TokenFile, sequential_batches
 from llama_edu.errors import UserError
@@ -30,7 +29,6 @@ from llama_edu.parallel.tp import parallel_cross_entropy
 from llama_edu.parallel.weights import allocate, draw_weights, read_weights
 from llama_edu.training.config import TrainConfig
 from llama_edu.training.engine import Engine
-from llama_edu.training.loss import chunked_cross_entropy
 from llama_edu.training.optimizer import make_optimizer
 from llama_edu.training.utilisation import has_bf16
 
@@ -116,10 +114,6 @@ class ParallelEngine(Engine):
         plan.check_sequence(config.seq_len)
         for size in (config.batch_size, *(size for _, size in config.batch_ramp)):
             plan.check_batch(size, config.accumulate)
-        if config.loss_chunk and (plan.tp > 1 or plan.pp > 1):
-            raise UserError(f"loss_chunk is {config.loss_chunk}, which tp and pp cannot do: set it to 0")
-        if config.z_loss and plan.tp > 1:
-            raise UserError(f"z_loss is {config.z_loss}, which tp {plan.tp} cannot do: set it or tp to the other's")
         first = next(model.parameters())
         if not first.is_meta:
             model = model.to(device, torch.promote_types(first.dtype, torch.float32))
@@ -142,7 +136,18 @@ class ParallelEngine(Engine):
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """As on one device. FSDP makes the bfloat16 copies of a precision that asks for them."""
-        return make_optimizer(model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        optimizer = make_optimizer(
+            model, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        # The fused step takes DTensors of one mesh at a time, and shared key/value heads have another.
+        groups = []
+        for group in optimizer.param_groups:
+            meshes = defaultdict(list)
+            for p in group["params"]:
+                meshes[p.device_mesh].append(p)
+            groups += [group | {"params": parameters} for parameters in meshes.values()]
+        optimizer.param_groups = groups
+        return optimizer
 
     def share(self, first: int, count: int) -> tuple[int, int]:
         if count % self.plan.dp:
@@ -158,14 +163,12 @@ class ParallelEngine(Engine):
         for tokens, targets, documents in zip(*(t.chunk(config.accumulate) for t in batch)):
             tokens, targets, kwargs = self._part(tokens, targets, documents if config.document_mask else None)
             seen: list[Tensor] = []
-            with loss_parallel() if self.plan.tp > 1 else nullcontext():
+            with self._without_output(model, config) as output:
+                loss = partial(self._loss, output=output, scale=scale, config=config, seen=seen)
                 if isinstance(model, Pipeline):
-                    loss = partial(self._loss, scale=scale, z_loss=config.z_loss, seen=seen)
                     model.step(loss, tokens, targets, **kwargs)
-                elif config.loss_chunk:
-                    self._chunked(model, tokens, targets, kwargs, scale, config, seen).backward()
                 else:
-                    self._loss(model(tokens, **kwargs), targets, scale, config.z_loss, seen).backward()
+                    loss(model(tokens, **kwargs), targets).backward()
             total += sum(seen)
         return self._sum_of_parts(total)
 
@@ -179,34 +182,42 @@ class ParallelEngine(Engine):
         # A row for each sequence: a pipeline cuts it into micro-batches like everything else.
         return tokens[:, mine], targets[:, mine], kwargs | {"positions": mine.expand(len(tokens), -1)}
 
-    def _loss(self, logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float, seen: list[Tensor]) -> Tensor:
-        """What is differentiated. Its cross-entropy is appended to `seen`."""
-        logits, targets = logits.flatten(0, 1), targets.flatten()
-        if self.plan.tp > 1:
-            loss = scale * parallel_cross_entropy(logits, targets, self.mesh["tp"])
-        else:
-            loss = scale * F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        seen.append(loss.detach())
-        if z_loss:
-            loss = loss + z_loss * scale * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
-        return loss
-
-    def _chunked(
-        self, model: nn.Module, tokens: Tensor, targets: Tensor, kwargs: dict, scale: Tensor, config: Any, seen: list
-    ) -> Tensor:
-        """The same with the scores of `loss_chunk` tokens at a time. FSDP leaves the output matrix gathered."""
-        output, model.output = model.output, None
+    @contextmanager
+    def _without_output(self, model: nn.Module, config: TrainConfig) -> Iterator[nn.Module | None]:
+        """With `loss_chunk` the model returns what its output matrix would read, and the loss gets the matrix."""
+        last = model.stages[-1][1] if isinstance(model, Pipeline) else model
+        output = last.output
+        if not config.loss_chunk or output is None:
+            yield None
+            return
+        last.output, last.without = None, output  # still a part of it: a pipeline asks a stage for its parameters
         try:
-            hidden = model(tokens, **kwargs)
+            yield output
         finally:
-            model.output = output
-        options = {"chunk_size": config.loss_chunk}
-        objective = scale * chunked_cross_entropy(hidden, output.weight, targets, z_loss=config.z_loss, **options)
-        with torch.no_grad():
-            plain = objective
-            if config.z_loss:
-                plain = scale * chunked_cross_entropy(hidden, output.weight, targets, **options)
-        seen.append(plain.detach())
+            last.output = output
+            del last.without
+
+    def _loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        output: nn.Module | None,
+        scale: Tensor | float,
+        config: TrainConfig,
+        seen: list[Tensor],
+    ) -> Tensor:
+        """What is differentiated. Its cross-entropy is appended to `seen`. FSDP leaves the output matrix gathered."""
+        objective, loss = parallel_cross_entropy(
+            x,
+            targets,
+            self.mesh["tp"],
+            weight=None if output is None else output.weight,
+            chunk_size=config.loss_chunk,
+            z_loss=config.z_loss,
+            scale=scale,
+        )
+        seen.append(loss)
         return objective
 
     def _sum_of_parts(self, x: Tensor) -> Tensor:
@@ -247,10 +258,10 @@ class ParallelEngine(Engine):
             tokens, targets, kwargs = self._part(
                 batch.tokens, batch.targets, batch.document_ids if config.document_mask else None
             )
-            logits, seen = model(tokens, **kwargs), []
-            if logits is not None:
-                with loss_parallel() if self.plan.tp > 1 else nullcontext():
-                    self._loss(logits, targets, torch.ones((), device=tokens.device), 0.0, seen)
+            with self._without_output(model, config) as output:
+                x, seen = model(tokens, **kwargs), []
+                if x is not None:
+                    self._loss(x, targets, output=output, scale=1.0, config=config, seen=seen)
             loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device, dtype=dtype))
             losses.append(loss.item())
         model.train(was_training)

@@ -170,8 +170,9 @@ class Pipeline(nn.Module):
 
     def _schedule(self, shape: tuple[int, int], device: torch.device) -> Any:
         """The schedule for batches of this shape. PyTorch's stages have buffers of a fixed shape."""
-        if shape in self._running:
-            return self._running[shape]
+        scores = self.stages[-1][1].output is not None  # without the output matrix the last stage returns the stream
+        if (shape, scores) in self._running:
+            return self._running[shape, scores]
         part = (shape[0] // self.micro_batches, shape[1])
         tokens = torch.empty(part, dtype=torch.int64, device="meta")
         stream = torch.empty(self._stream(part), dtype=self.dtype, device="meta", requires_grad=True)
@@ -185,7 +186,7 @@ class Pipeline(nn.Module):
                 self.n_stages,
                 device,
                 input_args=(tokens if index == 0 else stream,),
-                output_args=(logits if index == self.n_stages - 1 else stream,),
+                output_args=(logits if scores and index == self.n_stages - 1 else stream,),
                 group=self.mesh.get_group(),
             )
             for index, stage in self.stages
@@ -202,7 +203,7 @@ class Pipeline(nn.Module):
         else:
             several = self.schedule in ("interleaved", "zero-bubble")
             run = _SCHEDULES[self.schedule](stages if several else stages[0], **options)
-        self._running[shape] = run
+        self._running[shape, scores] = run
         return run
 
     def _enter(self, stage: nn.Module, args: tuple) -> tuple:

@@ -5,23 +5,68 @@
 # %% ../../notebooks/42_tensor_parallel.ipynb #95d7fe4e
 from __future__ import annotations
 
+from types import MethodType
+
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
 
+from ..data.tokens import IGNORE
+from .compat import split_mesh
+
 # %% auto #0
-__all__ = ['apply_tp', 'parallel_cross_entropy']
+__all__ = ['head_mesh', 'SharedHeads', 'apply_tp', 'parallel_cross_entropy']
 
 # %% ../../notebooks/42_tensor_parallel.ipynb #0b402335
-def apply_tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def head_mesh(mesh: DeviceMesh, n_kv_heads: int) -> DeviceMesh | None:
+    """The ranks in groups that hold the same key/value head, axes "kv" and "copy"; None where there are heads enough.
+
+    Every rank of the mesh must ask: it makes process groups.
+    """
+    n = mesh.size()
+    return split_mesh(mesh, (n_kv_heads, n // n_kv_heads), ("kv", "copy")) if n_kv_heads < n else None
+
+
+class SharedHeads(ParallelStyle):
+    """Column parallel with fewer heads than ranks: `wk` and `wv` are cut along axis "kv" and copied along "copy".
+
+    The input is a DTensor, the same on all ranks; the output is plain. A head's gradient is the sum of what its copies
+    get, each from query heads of its own: `Partial` along "copy".
+
+    Args:
+        heads: of `head_mesh`.
+    """
+
+    def __init__(self, heads: DeviceMesh) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight, self.heads, [Shard(0), Replicate()])
+        module.register_parameter("weight", nn.Parameter(weight))
+        module.forward = MethodType(self._forward, module)
+        return module
+
+    @staticmethod
+    def _forward(module: nn.Module, x: DTensor) -> Tensor:
+        weight = module.weight.to_local(grad_placements=[Shard(0), Partial()])
+        return F.linear(x.to_local(grad_placements=[Partial()]), weight)
+
+
+def apply_tp(model: nn.Module, mesh: DeviceMesh, heads: DeviceMesh | None = None) -> nn.Module:
     """Divide a Transformer, or a stage of one, over the ranks of a mesh of one axis.
 
     What is sent, for N bytes of the residual stream over n ranks, by each rank::
@@ -37,12 +82,16 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     attention and feed-forward the tensors are plain, with fewer heads and columns. Logits come out cut along the
     vocabulary: see `parallel_cross_entropy`.
 
-    Heads, key/value heads, `ffn_dim` and vocabulary must divide by the ranks: `ParallelPlan.check_model`. Fewer
-    key/value heads than ranks are refused, not copied.
+    Heads, `ffn_dim` and vocabulary must divide by the ranks, and key/value heads by the ranks or the ranks by them:
+    `ParallelPlan.check_model`. With fewer key/value heads than ranks several ranks hold the same one.
+
+    Args:
+        heads: `head_mesh(mesh, n_kv_heads)`, where it has been made for another stage already.
 
     Source: Shoeybi et al., arXiv 1909.08053; sequence parallel: Korthikanti et al., arXiv 2205.05198.
     """
     tied = model.cfg.tie_embeddings
+    heads = heads or head_mesh(mesh, model.cfg.n_kv_heads)
     sequence = Shard(1)
     ends = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence, use_local_output=False),
@@ -66,19 +115,115 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         }
         styles |= {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
         styles |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
+        if heads is not None:
+            styles |= {f"attention.{name}": SharedHeads(heads) for name in ("wk", "wv")}
         parallelize_module(layer, mesh, styles)
     return model
 
+# %% ../../notebooks/42_tensor_parallel.ipynb #8d02f4b6
+class _VocabularyLoss(torch.autograd.Function):
+    """Sums of the objective and of the cross-entropy, times `scale`. Their gradient is computed with them."""
 
-def parallel_cross_entropy(logits: Tensor, targets: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Sum of the cross-entropy of logits of which each rank has a part of the vocabulary. The same on all ranks.
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        targets: Tensor,
+        mesh: DeviceMesh,
+        chunk_size: int,
+        z_loss: float,
+        scale: Tensor | float,
+    ):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        columns = x.shape[1] if weight is None else len(weight)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if wants_x and weight is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        total, penalty = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
+        for first in range(0, len(targets), chunk_size):
+            rows = slice(first, first + chunk_size)
+            here, counts = targets[rows] - mesh.get_local_rank() * columns, targets[rows] != IGNORE
+            mine = counts & (here >= 0) & (here < columns)
+            y = here.where(mine, 0)[:, None]
+            logits = x[rows] if weight is None else x[rows] @ weight.T
+            p = torch.log_softmax(logits, 1, dtype=wide)
+            score, log_p = logits.gather(1, y)[:, 0].to(wide), p.gather(1, y)[:, 0]
+            log_part = score - log_p
+            log_sum, score = _over_ranks(log_part, score * mine, mesh)
+            total += ((log_sum - score) * counts).sum()
+            penalty += (log_sum.square() * counts).sum()
+            if not (wants_x or wants_weight):
+                continue
+            weighs = counts * scale
+            factor = (log_part - log_sum).exp() * (1 + 2 * z_loss * log_sum) * weighs
+            p.exp_().mul_(factor[:, None]).scatter_add_(1, y, -(mine * weighs).to(wide)[:, None])
+            p = p.to(x.dtype)
+            if weight is None:
+                grad_x = p
+            elif wants_x:
+                grad_x[rows] = p @ weight
+            if wants_weight:
+                grad_weight += p.T @ x[rows]
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(total.mul_(scale))
+        return total + z_loss * scale * penalty, total
 
-    Each rank sends a maximum, a sum of exponentials and the score of the target for every token, instead of the logits.
-    Both this function and the backward pass run inside `torch.distributed.tensor.parallel.loss_parallel()`.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Tensor):
+        as_it_is = grad.device.type == "cpu" and grad.item() == 1
+        gradients = [g if g is None or as_it_is else g * grad for g in ctx.saved_tensors]
+        return *gradients, None, None, None, None, None
+
+
+def _over_ranks(log_part: Tensor, score: Tensor, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
+    """The logarithm of the softmax's denominator and the target's score of each token, from all ranks' parts."""
+    if mesh.size() == 1:
+        return log_part, score
+    top = log_part.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=mesh.get_group())
+    sums = torch.stack([(log_part - top).exp(), score])
+    dist.all_reduce(sums, group=mesh.get_group())
+    return top + sums[0].log(), sums[1]
+
+
+def parallel_cross_entropy(
+    x: Float[Tensor, "batch seq last"],
+    targets: Int[Tensor, "batch whole_seq"],
+    mesh: DeviceMesh,
+    *,
+    weight: Float[Tensor, "words dim"] | None = None,
+    chunk_size: int = 0,
+    z_loss: float = 0.0,
+    scale: Tensor | float = 1.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Cross-entropy where each rank has a part of the vocabulary, summed over tokens. The same on all ranks.
+
+    Each rank sends a maximum, a sum of exponentials and the logit of the target for every token, instead of the logits.
+    The gradient is computed with the loss: of the logits, or of `x` and `weight`, whose logits exist for `chunk_size`
+    tokens at a time and are never kept. The gradient of the matrix then waits for its backward pass: where a pipeline
+    has several micro-batches under way (GPipe), once for each.
 
     Args:
-        logits: (rows, vocabulary), a DTensor or this rank's columns.
+        x: logits as the model returns them; with `weight`, what the output matrix reads. A DTensor, or this rank's part
+            of it: of the vocabulary, or with `weight` of the sequence.
+        targets: of the whole sequence; `IGNORE` counts for nothing.
+        mesh: the ranks of axis tp; a single one sends nothing.
+        weight: the output matrix, a DTensor or this rank's rows of it.
+        chunk_size: with `weight`, tokens whose logits exist at a time; 0 takes all at once.
+        z_loss: adds this times the squared logarithm of the softmax's denominator (Chowdhery et al., arXiv 2204.02311).
+        scale: multiplies both results.
+
+    Returns:
+        What is differentiated, and the cross-entropy alone.
     """
-    if not isinstance(logits, DTensor):
-        logits = DTensor.from_local(logits, mesh, [Shard(1)], run_check=False)
-    return F.cross_entropy(logits, targets, reduction="sum").to_local()
+    if weight is not None and mesh.size() > 1:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, mesh, [Shard(1)], run_check=False)
+        x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    x, weight = (t.to_local() if isinstance(t, DTensor) else t for t in (x, weight))
+    if not torch.is_grad_enabled():  # a Function is asked for the gradients of parameters even then
+        x, weight = (t if t is None else t.detach() for t in (x, weight))
+    size = chunk_size if chunk_size and weight is not None else targets.numel()
+    return _VocabularyLoss.apply(x.flatten(0, 1), weight, targets.flatten(), mesh, size, z_loss, scale)
