@@ -16,6 +16,7 @@ nb_execution_mode = "off"  # the stored outputs are the lesson; nbval has compar
 nb_merge_streams = True
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+highlight_language = "none"  # a block that names no language is a diagram or a command; code cells name theirs
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
@@ -42,6 +43,7 @@ _MATHJAX = Path(importlib.util.find_spec("sphinx-mathjax-offline").submodule_sea
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax_options = {"defer": "defer"}
 
+default_role = "literal"  # a name between single backticks in a docstring
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True

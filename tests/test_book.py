@@ -48,7 +48,18 @@ def test_what_is_downloaded_is_the_lesson(html):
 
 def test_every_box_of_the_pipeline_opens_a_lesson(pages):
     picture = re.search(r'<svg class="pipeline pipeline-wide".*?</svg>', pages["index.html"], re.S).group()
-    assert picture.count("<rect") == picture.count("<a href=") == 14
+    opened = re.findall(r'<a href="lessons/(\w+)\.html"><rect', picture)
+    assert picture.count("<rect") == len(opened) == len(set(opened))
+    assert set(opened) == {p.stem for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+
+
+def test_every_figure_has_a_still_picture_and_says_in_words_what_it_shows(html, pages):
+    figures = {name: text for name, text in pages.items() if name.startswith("figures/") and "index" not in name}
+    assert len(figures) >= 5
+    for name, text in figures.items():
+        still = re.search(r'<div class="see" id="see-\w+"><img src="([^"]+)" alt="([^"]+)">', text)
+        assert (html / name).parent.joinpath(still[1]).stat().st_size > 1000, name
+        assert len(still[2]) > 50 and len(re.search(r"In words\..*?</p>", text, re.S).group()) > 300, name
 
 
 def test_every_link_and_anchor_inside_the_book_resolves(html, pages):
@@ -99,11 +110,13 @@ def site(html):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="no playwright here: the extra 'docs' has it")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.skip(f"no browser here: none of {', '.join(names)} is on the PATH")
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    names += ["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"]
     with playwright.sync_playwright() as p:
+        names.append(p.chromium.executable_path)  # what `playwright install chromium` brings
+        found = next((path for path in map(shutil.which, names) if path), None)
+        if found is None:
+            pytest.skip(f"no browser here: none of {', '.join(names)} is there")
         yield p.chromium.launch(executable_path=found, args=["--no-sandbox"])
 
 
@@ -147,16 +160,17 @@ def test_every_page_loads_whole_and_fits_a_phone(pages, open_page):
     assert not faults
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(pages, open_page, scheme):
+@pytest.mark.parametrize("scheme, width", [("light", 390), ("dark", 1200)])
+def test_axe_finds_nothing(pages, open_page, scheme, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     # A page of each kind: pages of a kind repeat one template. Every figure is a kind of its own.
-    kinds = ["index.html", "start.html", "glossary.html", "family.html", "api/config.html", "lessons/21_rope.html"]
+    kinds = ["index.html", "start.html", "glossary.html", "family.html", "bibliography.html", "parts/2_model.html"]
+    kinds += ["api/config.html", "lessons/21_rope.html"]
     names = [n for n in pages if n in kinds or n.startswith("figures/")]
     options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa"], "resultTypes": ["violations"]}
     faults = set()
     for name in names:
-        page = open_page(name, scheme=scheme)
+        page = open_page(name, width=width, scheme=scheme)
         for violation in axe.run(page, options=options).response["violations"]:
             faults |= {f"{violation['id']}: {node['html'][:150]} ({name})" for node in violation["nodes"]}
         page.close()
@@ -165,7 +179,7 @@ def test_axe_finds_nothing(pages, open_page, scheme):
 
 def test_the_keyboard_reaches_everything_in_a_figure(open_page):
     page = open_page("figures/pipeline.html")
-    wanted = page.evaluate("[...document.querySelectorAll('.see select, .see input')].map(e => e.id)")
+    wanted = page.evaluate("[...document.querySelectorAll('.see :is(select, input):enabled')].map(e => e.id)")
     reached = []
     for _ in range(200):
         page.keyboard.press("Tab")
@@ -178,11 +192,30 @@ def test_the_keyboard_reaches_everything_in_a_figure(open_page):
             break
     assert reached == wanted
     before = page.inner_text(".see-said")
-    page.keyboard.press("Shift+Tab")  # from the chunks to the micro-batches
-    page.keyboard.press("Home")
-    page.focus("select")
-    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Home")  # the last one reached holds the micro-batches
     assert page.inner_text(".see-said") != before
+
+
+@pytest.mark.parametrize("figure", ["bpe", "rope", "masks", "pipeline", "cache"])
+def test_every_control_of_a_figure_changes_what_it_shows(open_page, figure):
+    """With the keyboard alone, from the first to the last. One that can change nothing must be disabled."""
+    page = open_page(f"figures/{figure}.html")
+    shown = (
+        "[...document.querySelectorAll('.see .see-said, .see .see-tokens, .see svg, .see tbody')].map(e => e.outerHTML)"
+    )
+    used = 0
+    for control in page.query_selector_all(".see select, .see input, .see textarea"):
+        if control.is_disabled():
+            continue
+        before = page.evaluate(shown)
+        control.focus()
+        page.keyboard.press("End")
+        kind = control.evaluate("e => e.tagName")
+        page.keyboard.type(" the rat, the rat" if kind == "TEXTAREA" else "")
+        assert page.evaluate(shown) != before, f"{figure}: {control.evaluate('e => e.labels[0].textContent')}"
+        used += 1
+    assert used == len(page.query_selector_all(".see select, .see input, .see textarea"))
+    assert not page.faults
 
 
 # --- the figures compute what the package computes -------------------------------------------------------------------
@@ -237,7 +270,8 @@ def test_masks_are_those_of_our_attention(open_page):
 
 
 @pytest.mark.parametrize(
-    ("stages", "count", "chunks"), [(2, 2, 1), (4, 8, 1), (8, 16, 1), (4, 8, 2), (4, 4, 3), (8, 32, 4)]
+    ("stages", "count", "chunks"),
+    [(2, 2, 1), (4, 8, 1), (8, 3, 1), (16, 64, 1), (5, 7, 1), (4, 8, 2), (4, 4, 3), (8, 32, 4), (13, 13, 2)],
 )
 def test_bubbles_are_those_of_the_formula(open_page, stages, count, chunks):
     page = open_page("figures/pipeline.html")

@@ -23,14 +23,6 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "build" / "book"
 REPOSITORY = "llama-edu/llama-edu"
-PARTS = {
-    "0": "The family",
-    "1": "Tokenizers",
-    "2": "The model",
-    "3": "Data, training, scaling",
-    "4": "Many GPUs",
-    "5": "Generation",
-}
 ARXIV = re.compile(r"(?<!\[)arXiv (\d{4}\.\d{4,5})")
 
 
@@ -107,13 +99,14 @@ def lesson_table() -> str:
     return "\n".join(lines)
 
 
-# The way of a text through the house: (first digits of the lessons, label), in columns of boxes.
+# The way of a text through the house: (number of a lesson, label), in columns of boxes.
 BOXES = [
-    [("30", "text"), ("10", "tokenizer")],
-    [("20", "norm"), ("21", "positions"), ("22", "attention"), ("23", "feed-forward")],
-    [("24", "model"), ("25", "checkpoints")],
-    [("31", "training"), ("32", "scaling laws"), ("40", "many GPUs")],
-    [("50", "generation"), ("51", "sampling"), ("52", "fast decoding")],
+    [("30", "text"), ("10", "BPE"), ("11", "tokenizers")],
+    [("20", "norm"), ("21", "positions"), ("22", "attention"), ("23", "SwiGLU")],
+    [("00", "the family"), ("24", "model"), ("25", "checkpoints")],
+    [("31", "training"), ("32", "scaling laws")],
+    [("40", "collectives"), ("41", "FSDP"), ("42", "tensor"), ("43", "pipeline"), ("44", "context"), ("45", "cluster")],
+    [("50", "generation"), ("51", "sampling"), ("52", "decoding")],
 ]
 
 
@@ -124,7 +117,7 @@ def pipeline() -> str:
 
 def _pipeline(tall: bool) -> str:
     stems = {path.name[:2]: path.stem for path in lessons()}
-    width, height, gap, next_gap = 148, 44, 14, 36
+    width, height, gap, next_gap = 124, 40, 10, 32
     along, across = (height, width) if tall else (width, height)
     most = 2 if tall else max(len(column) for column in BOXES)
     shapes, place = [], 0
@@ -139,8 +132,7 @@ def _pipeline(tall: bool) -> str:
                 x, y = (side + i * (across + gap), place) if tall else (place, side + i * (across + gap))
                 shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6"/>'
                 shape += f'<text x="{x + width / 2}" y="{y + height / 2}">{number} {label}</text>'
-                link = f"lessons/{stems[number]}.html" if number in stems else None
-                shapes.append(f'<a href="{link}">{shape}</a>' if link else f"<g>{shape}</g>")
+                shapes.append(f'<a href="lessons/{stems[number]}.html">{shape}</a>')
             place += along + gap
         place += next_gap - gap
     place -= next_gap
@@ -161,13 +153,14 @@ def family_table() -> str:
     """Every member, from its configuration."""
     from llama_edu import LlamaConfig
 
-    columns = ["model", "dim", "layers", "heads / kv", "feed-forward", "vocabulary", "rope base", "context"]
-    columns += ["parameters", "cache bytes a token (bf16)"]
+    columns = ["model", "parameters", "cache bytes a token", "dim", "layers", "heads / kv", "feed-forward"]
+    columns += ["vocabulary", "rope base", "context"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
     for name in LlamaConfig.preset_names():
         cfg = LlamaConfig.preset(name)
-        row = [name, cfg.dim, cfg.n_layers, f"{cfg.n_heads} / {cfg.n_kv_heads}", cfg.ffn_dim, cfg.vocab_size]
-        row += [f"{cfg.rope_theta:,.0f}", cfg.max_seq_len, cfg.num_parameters(), cfg.kv_cache_bytes(1)]
+        row = [name, cfg.num_parameters(), cfg.kv_cache_bytes(1), cfg.dim, cfg.n_layers]
+        row += [f"{cfg.n_heads} / {cfg.n_kv_heads}", cfg.ffn_dim, cfg.vocab_size, f"{cfg.rope_theta:,.0f}"]
+        row += [cfg.max_seq_len]
         lines.append("| " + " | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row) + " |")
     return "\n".join(lines)
 
@@ -184,9 +177,9 @@ def api_pages(folder: Path) -> None:
         wanted = [f"llama_edu.{room}.{p.stem}" for p in files] if path.is_dir() else [f"llama_edu.{room}"]
         if room == "exercises":
             wanted = ["llama_edu.exercises"]
-        blocks = [f"# llama_edu.{room}\n"]
+        blocks = [f"# llama_edu.{room}\n"] if len(wanted) > 1 else []
         for name in wanted:
-            heading = f"({target(name)})=\n## {name}\n\n"
+            heading = f"({target(name)})=\n{'##' if blocks else '#'} {name}\n\n"
             blocks.append(f"{heading}```{{eval-rst}}\n.. automodule:: {name}\n```\n")
         (folder / f"{room}.md").write_text("\n".join(blocks))
         names.append(room)
@@ -206,7 +199,8 @@ def gather(source: Path) -> None:
         shutil.copy(path, source / "notebooks")
     made = {"family": family_table, "pipeline": pipeline, "lessons": lesson_table}
     for page in source.rglob("*.md"):
-        text = re.sub(r"<!-- (\w+) -->", lambda m: made[m[1]](), page.read_text())
+        text = page.read_text().replace("](../notebooks/", "](lessons/")  # where they are in the repository
+        text = re.sub(r"<!-- (\w+) -->", lambda m: made[m[1]](), text)
         page.write_text(text if page.stem == "bibliography" else link_papers(text))
     api_pages(source / "api")
     docs_figures.write(source / "_static" / "see")
@@ -228,13 +222,22 @@ def main(argv: list[str]) -> None:
     html = build()
     print(f"the book is at {html.relative_to(ROOT) / 'index.html'}")
     if argv == ["serve"]:
-        handler = partial(http.server.SimpleHTTPRequestHandler, directory=html)
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 8000), handler) as server:
-            print("http://127.0.0.1:8000 (Ctrl-C ends it)")
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
+        serve(html)
+
+
+def serve(html: Path, port: int = 8000) -> None:
+    """Show the book on this machine until Ctrl-C, at this port or, where it is taken, at another."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=html)
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with server:
+        print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
 
 
 if __name__ == "__main__":

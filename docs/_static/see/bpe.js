@@ -72,5 +72,5 @@ See.mount("bpe", (root) => {
   const again = () => { steps = BPE.train(area.value.slice(0, 5000), 40); show(); };
   area.addEventListener("input", again);
   root.append(label, area, slider, tokens, said);
-  again();
+  return again;
 });

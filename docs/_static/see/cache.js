@@ -35,5 +35,5 @@ See.mount("cache", (root) => {
     See.slider("Sequences", { min: 1, max: 64, value: batch }, (v) => { batch = v; show(); }),
     See.choice("Numbers of the cache", [["2", "bfloat16: 2 bytes"], ["1", "int8: 1 byte"], ["4", "float32: 4 bytes"]], "2", (v) => { size = Number(v); show(); }),
     table, said);
-  show();
+  return show;
 });

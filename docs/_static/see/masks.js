@@ -25,7 +25,8 @@ const Masks = {
 See.mount("masks", (root) => {
   const n = 24, lengths = [7, 10, 7];
   let kind = "causal", split = "none", ranks = 2;
-  const picture = See.make("svg:svg", { class: "see-svg see-square", role: "img", viewBox: "0 0 408 408" });
+  const picture = See.make("svg:svg", { class: "see-svg see-square", role: "img", viewBox: "-22 -22 430 430" });
+  const legend = See.make("div");
   const said = See.make("p", { class: "see-said", "aria-live": "polite" });
   const show = () => {
     const seen = Masks.visible(Masks.documents(n, lengths), kind);
@@ -36,17 +37,21 @@ See.mount("masks", (root) => {
       if (on) work[owner[q]]++;
       cells.push(See.make("svg:rect", { x: 17 * k, y: 17 * q, width: 16, height: 16, class: on ? `see-rank-${owner[q]}` : "see-off" }));
     }));
-    picture.replaceChildren(...cells);
+    picture.replaceChildren(...cells,
+      See.make("svg:text", { x: 0, y: -7, class: "see-label see-label-start" }, "key, first token to last"),
+      See.make("svg:text", { x: 0, y: -7, class: "see-label see-label-end", transform: "rotate(-90)" }, "query, first token to last"));
+    legend.replaceChildren(work.length > 1 ? See.legend(...work.map((pairs, r) => [`see-rank-${r}`, `rank ${r}: ${pairs} pairs`])) : "");
+    See.enable(number, split !== "none");
     const total = work.reduce((a, b) => a + b, 0);
     picture.setAttribute("aria-label", `${kind} mask of 24 tokens, ${total} of ${n * n} pairs computed`);
     const busiest = Math.max(...work) * work.length / total;
     said.textContent = `${total} of ${n * n} pairs are computed. ` + (work.length > 1
-      ? `Pairs of each rank: ${work.join(", ")}. The busiest does ${busiest.toFixed(2)} times its fair share.` : "");
+      ? `Ranks 0 to ${ranks - 1} compute ${work.join(", ")}. The busiest does ${busiest.toFixed(2)} times its fair share.` : "");
   };
+  const number = See.slider("Ranks (CP)", { min: 2, max: 4, value: ranks }, (v) => { ranks = v; show(); });
   root.append(
     See.choice("Mask", [["causal", "causal: every token sees all before it"], ["document", "document: only inside its own document"]], kind, (v) => { kind = v; show(); }),
-    See.choice("Ranks share the queries", [["none", "one rank has all"], ["runs", "a run of tokens each"], ["headtail", "chunks i and 2·CP-1-i, as Llama 3"]], split, (v) => { split = v; show(); }),
-    See.slider("Ranks (CP)", { min: 2, max: 4, value: ranks }, (v) => { ranks = v; show(); }),
-    picture, said);
-  show();
+    See.choice("Ranks share the queries", [["none", "one rank has all"], ["runs", "a run of tokens each"], ["headtail", "chunks i and 2·CP−1−i, as Llama 3"]], split, (v) => { split = v; show(); }),
+    number, picture, legend, said);
+  return show;
 });

@@ -53,25 +53,31 @@ const Pipe = {
 };
 
 See.mount("pipeline", (root) => {
-  let kind = "1f1b", P = 4, groups = 2, V = 2;
+  let kind = "1f1b", P = 4, wanted = 8, V = 2;
   const picture = See.make("svg:svg", { class: "see-svg", role: "img" });
   const said = See.make("p", { class: "see-said", "aria-live": "polite" });
   const show = () => {
-    const M = P * groups, { bars, span, bubble } = Pipe.simulate(kind, P, M, V), scale = 680 / span;
-    picture.setAttribute("viewBox", `0 0 680 ${P * 26}`);
+    const interleaved = kind === "interleaved", chunks = interleaved ? V : 1;
+    const M = interleaved ? Math.ceil(wanted / P) * P : wanted;  // groups of P go through each chunk
+    const { bars, span, bubble } = Pipe.simulate(kind, P, M, V);
+    const width = See.room(root), left = 20, scale = (width - left) / span, gap = scale * 1 / chunks > 4 ? 0.7 : 0;
+    picture.setAttribute("viewBox", `0 0 ${width} ${P * 26 + 20}`);
     picture.replaceChildren(...bars.map((b) => See.make("svg:rect", {
-      x: b.start * scale, y: b.rank * 26, width: Math.max(b.length * scale - 0.7, 0.5), height: 22,
+      x: left + b.start * scale, y: b.rank * 26, width: b.length * scale - gap, height: 22,
       class: `${b.forward ? "see-forward" : "see-backward"} see-chunk-${b.chunk % 2}`,
-    }, See.make("svg:title", {}, `stage ${b.rank}, chunk ${b.chunk}, micro-batch ${b.m}, ${b.forward ? "forward" : "backward"}`))));
-    const chunks = kind === "interleaved" ? V : 1;
+    }, See.make("svg:title", {}, `stage ${b.rank}, chunk ${b.chunk}, micro-batch ${b.m}, ${b.forward ? "forward" : "backward"}`))),
+    ...Array.from({ length: P }, (_, r) => See.make("svg:text", { x: 14, y: r * 26 + 16, class: "see-label see-label-end" }, `${r}`)),
+    See.make("svg:text", { x: width, y: P * 26 + 14, class: "see-label see-label-end" }, "time \u2192"));
     picture.setAttribute("aria-label", `Schedule of ${P} stages and ${M} micro-batches: time runs to the right, a row is a stage`);
-    said.textContent = `${P} stages, ${M} micro-batches, ${chunks} chunk${chunks > 1 ? "s" : ""} a stage: the bubble is ${(100 * bubble).toFixed(1)} % of the work; the formula (P-1)/(V·M) gives ${(100 * (P - 1) / (chunks * M)).toFixed(1)} %.`;
+    See.enable(pieces, interleaved);
+    const rounded = M === wanted ? "" : ` Interleaving takes its micro-batches in groups of P: ${wanted} became ${M}.`;
+    said.textContent = `${P} stages, ${M} micro-batch${M > 1 ? "es" : ""}, ${chunks} chunk${chunks > 1 ? "s" : ""} a stage: the bubble is ${(100 * bubble).toFixed(1)} % of the work; the formula (P\u22121)/(V\u00b7M) gives ${(100 * (P - 1) / (chunks * M)).toFixed(1)} %.${rounded}`;
   };
+  const pieces = See.slider("Chunks a stage V", { min: 2, max: 4, value: V }, (v) => { V = v; show(); });
   root.append(
     See.choice("Schedule", [["gpipe", "GPipe"], ["1f1b", "1F1B"], ["interleaved", "interleaved 1F1B"]], kind, (v) => { kind = v; show(); }),
-    See.slider("Stages P", { min: 2, max: 8, value: P }, (v) => { P = v; show(); }),
-    See.slider("Micro-batches M, in multiples of P", { min: 1, max: 4, value: groups }, (v) => { groups = v; show(); }),
-    See.slider("Chunks a stage V (interleaved)", { min: 2, max: 4, value: V }, (v) => { V = v; show(); }),
-    picture, said);
-  show();
+    See.slider("Stages P", { min: 2, max: 16, value: P }, (v) => { P = v; show(); }),
+    See.slider("Micro-batches M", { min: 1, max: 64, value: wanted }, (v) => { wanted = v; show(); }),
+    pieces, picture, See.legend(["see-forward", "forward"], ["see-backward", "backward"]), said);
+  return show;
 });

@@ -31,12 +31,36 @@ const See = {
     return See.make("div", { class: "see-control" }, See.make("label", { for: id }, label), select);
   },
 
-  // Put a figure in the place of its static twin. `draw(root)` builds it.
+  // Words beside squares of a colour.
+  legend(...pairs) {
+    return See.make("p", { class: "see-legend" }, ...pairs.map(([colour, text]) => See.make("span", {},
+      See.make("svg:svg", { viewBox: "0 0 1 1", "aria-hidden": "true" }, See.make("svg:rect", { width: 1, height: 1, class: colour })), text)));
+  },
+
+  // Put a figure in the place of its static twin. `draw(root)` builds it and returns what draws it again, for any width.
   mount(name, draw) {
     const root = document.getElementById(`see-${name}`);
     if (!root) return;
     root.replaceChildren();
-    draw(root);
+    const show = draw(root);
+    show();
+    let width = root.clientWidth;
+    new ResizeObserver(() => {
+      if (root.clientWidth === width) return;
+      width = root.clientWidth;
+      show();
+    }).observe(root);
+  },
+
+  // Pixels that a picture in the figure may be wide.
+  room(root) {
+    const style = getComputedStyle(root);
+    return Math.floor(root.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
+  },
+
+  // Let a control be used, or not where it would change nothing.
+  enable(control, on) {
+    control.querySelector("input, select").disabled = !on;
   },
 
   // Numbers with thousands separators, the same in every language setting.
