@@ -121,7 +121,7 @@ def work(job: dict) -> None:
     if fault.get("kind") == "save":
         break_saving(fault)
     if job.get("flight"):
-        os.environ["LLAMA_EDU_FLIGHT"] = f"{job['flight']}/{attempt}"
+        os.environ["LLAMA_EDU_FLIGHT"] = job["flight"]
     with last_words():
         seconds = job.get("timeout", 60.0)
         dist.init_process_group(

@@ -122,7 +122,7 @@ def test_a_rank_that_hangs(driver, tmp_path):
     driver.ends_the_same(found)
     (sentence,) = sentences(found)
     assert "rank 1: does not answer; rank 0 noticed: " in sentence, sentence
-    report = read_flight_records(tmp_path / "0")
+    report = read_flight_records(tmp_path / "attempt_0")
     assert report.late == (1,) and "rank 0 began allreduce number" in report.collective, report
     assert str(report).startswith("rank 1 was late: ")
 
@@ -133,7 +133,7 @@ def test_a_straggler_is_named(driver, tmp_path):
     calm = driver.undisturbed()
     assert [rank["attempt"] for rank in found["ranks"]] == [0, 0]
     assert found["ranks"][0]["weights"] == calm["ranks"][0]["weights"]
-    report = read_flight_records(tmp_path / "0")
+    report = read_flight_records(tmp_path / "attempt_0")
     assert report.slowest == 1 and report.late == (), (str(report), report.waited)
     assert str(report).startswith("rank 1 is slow: ")
 
@@ -184,7 +184,7 @@ class Torchrun:
         command += ["--standalone", "--monitor-interval", "0.1", "--log-dir", str(self.logs), "-m", "llama_edu.train"]
         command += ["--data", str(tokens), "--out", str(folder / "out"), *self.LINE]
         root = str(Path(__file__).parent.parent)
-        environment = os.environ | {"PYTHONPATH": root}
+        environment = os.environ | {"PYTHONPATH": root, "LLAMA_EDU_FLIGHT": str(folder / "flight")}
         with open(self.spoken, "w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
@@ -268,6 +268,9 @@ def test_torchrun_goes_on_after_every_fault(tmp_path):
     assert "rank 1: was killed without a word" in told[1]
     assert "rank 1: does not answer" in told[2]
     assert "the checkpoint of step" in told[3] and "could not be written" in told[3] and "on rank 1; " in told[3]
+    assert read_flight_records(tmp_path / "struck" / "flight" / "attempt_2").late == (1,)
+    with pytest.raises(UserError, match="a folder for each attempt, attempt_0, .*, attempt_4: name one"):
+        read_flight_records(tmp_path / "struck" / "flight")
     calm = Torchrun(tmp_path / "calm", tmp_path / "tokens")
     assert struck == calm.end()
 

@@ -78,7 +78,8 @@ def last_words(folder: str | Path | None = None, *, grace: float = 3.0) -> Itera
     """Around all that a rank does: when it fails, the first cause is found, told once on stderr, and raised.
 
     A rank that raises says why before its connections close, so its words are there when the others notice. One that
-    has none was killed, or hangs. Where LLAMA_EDU_FLIGHT names a folder, collectives are recorded in it.
+    has none was killed, or hangs. Where LLAMA_EDU_FLIGHT names a folder, collectives are recorded in it; under torchrun
+    in its folder attempt_N, so that a restart leaves the records of the attempt that failed.
 
     Args:
         folder: where the ranks of this attempt leave their words, a new one for each attempt; of several hosts, on a
@@ -92,7 +93,9 @@ def last_words(folder: str | Path | None = None, *, grace: float = 3.0) -> Itera
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as stack:
         if os.environ.get(FLIGHT):
-            stack.enter_context(FlightRecorder(os.environ[FLIGHT], rank))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+            records = Path(os.environ[FLIGHT], *([] if attempt is None else [f"attempt_{attempt}"]))
+            stack.enter_context(FlightRecorder(records, rank))
         if folder is None:
             yield
             return
@@ -369,7 +372,10 @@ def read_flight_records(folder: str | Path) -> FlightReport:
         else:
             records[int(rank[1])] = _nccl_records(file)
     if not records:
-        raise UserError(f"{folder} holds no flight records: set {FLIGHT} to a folder before the job starts")
+        way_out = f"set {FLIGHT} to a folder before the job starts"
+        if attempts := sorted(path.name for path in folder.glob("attempt_*")):
+            way_out = f"it has a folder for each attempt, {', '.join(attempts)}: name one"
+        raise UserError(f"{folder} holds no flight records: {way_out}")
     late, collective = _late(records)
     timed = {rank: found for rank, found in records.items() if all("waited" in record for record in found)}
     waited = {rank: sum(record["waited"] for record in found) for rank, found in timed.items()}
