@@ -85,7 +85,7 @@ class Faulty(ParallelEngine):
     def backward(self, model, batch, count, config, **kwargs):
         self.steps += 1
         if self.fault.get("kind") == "slow":
-            time.sleep(0.1)
+            time.sleep(0.3)
         hook = None
         if self.fault.get("kind") == "nan" and 0 <= self.steps - self.fault["step"] < self.fault.get("times", 1):
             hook = model.register_forward_hook(lambda module, args, out: out * math.nan)
