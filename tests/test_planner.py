@@ -380,10 +380,6 @@ def test_non_powers_of_two_are_planned_too():
         ({"micro_batch": 3}, "does not divide by micro_batch 3"),
         ({"pp": 0}, "pp is 0"),
         ({"pp": 1, "dp": 2048, "virtual_stages": 2}, "needs a pipeline"),
-        (
-            {"cfg": LlamaConfig.preset("llama-3.2-1b"), "tp": 1, "pp": 2, "dp": 8192},
-            "embedding is the output matrix too",
-        ),
         ({"zero": 4}, "stages are 0, 1, 2 and 3"),
         ({"kernel_efficiency": 1.5}, "share of the peak"),
         ({"precision": "fp8", "gpu": "a100"}, "no 8-bit products"),
