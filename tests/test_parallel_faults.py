@@ -269,7 +269,7 @@ def test_torchrun_goes_on_after_every_fault(tmp_path):
     assert "rank 1: does not answer" in told[2]
     assert "the checkpoint of step" in told[3] and "could not be written" in told[3] and "on rank 1; " in told[3]
     assert read_flight_records(tmp_path / "struck" / "flight" / "attempt_2").late == (1,)
-    with pytest.raises(UserError, match="a folder for each attempt, attempt_0, .*, attempt_4: name one"):
+    with pytest.raises(UserError, match=r"a folder for each attempt, attempt_0, .*, attempt_4: name one"):
         read_flight_records(tmp_path / "struck" / "flight")
     calm = Torchrun(tmp_path / "calm", tmp_path / "tokens")
     assert struck == calm.end()
