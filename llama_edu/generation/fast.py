@@ -5,10 +5,12 @@
 # %% ../../notebooks/52_fast_decoding.ipynb #6e32cf7b
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +29,21 @@ from .sampling import Sampler
 __all__ = ['FusedWeights', 'FastDecoder', 'fast_generate']
 
 # %% ../../notebooks/52_fast_decoding.ipynb #28c3ef7e
+def _streamed(like: Tensor, *copies: int) -> Tensor:
+    """Memory for one or several tensors, not yet filled, in large pages where the system has them to give.
+
+    A processor keeps the addresses of a few thousand pages at hand. numpy asks Linux for pages of 2 MiB where torch
+    takes those of 4 KiB, which a stream leaves again after a microsecond.
+    """
+    shape = (*copies, *like.shape)
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    n = math.prod(shape) * like.itemsize
+    memory = np.empty(n + 64, np.uint8)
+    start = -memory.ctypes.data % 64  # a cache line's first byte: no vector then lies in two lines
+    return torch.from_numpy(memory[start : start + n]).view(like.dtype).view(shape)
+
+
 class FusedWeights:
     """A model's weights as decoding reads them: q, k, v in one matrix, gate and up in one, each kind in one block.
 
@@ -54,32 +71,37 @@ class FusedWeights:
             return Packed.of(linear.weight, kind)
 
         parts = {
-            "qkv": lambda m: [packed(m.attention.wq), packed(m.attention.wk), packed(m.attention.wv)],
-            "o": lambda m: [packed(m.attention.wo)],
-            "13": lambda m: [packed(m.feed_forward.w1), packed(m.feed_forward.w3)],
-            "2": lambda m: [packed(m.feed_forward.w2)],
+            "qkv": lambda m: [m.attention.wq, m.attention.wk, m.attention.wv],
+            "o": lambda m: [m.attention.wo],
+            "13": lambda m: [m.feed_forward.w1, m.feed_forward.w3],
+            "2": lambda m: [m.feed_forward.w2],
         }
         layers = list(model.layers.values())
         self.layers: list[dict[str, Packed]] = [{} for _ in layers]
         self.blocks: dict[str, Packed | None] = {}
         for name, of in parts.items():
-            self.blocks[name] = self._block(name, [Packed.cat(of(layer)) for layer in layers])
-        self.output = packed(model.output, "int8" if self.kind == "int4" else self.kind)
+            linears = [of(layer) for layer in layers]
+            alike = len({getattr(linear, "kind", self.kind) for part in linears for linear in part}) == 1
+            matrices = (Packed.cat([packed(linear) for linear in part]) for part in linears)
+            self.blocks[name] = self._block(name, matrices, alike)
+        output = packed(model.output, "int8" if self.kind == "int4" else self.kind)
+        self.output = replace(output, values=_streamed(output.values).copy_(output.values))
         shared = model.cfg.tie_embeddings and self.output.kind == own and model.cfg.dim % 32 == 0
         self.embedding = self.output.values if shared else model.tok_embeddings.weight.detach()
         norms = [norm.weight for m in layers for norm in (m.attention_norm, m.ffn_norm)] + [model.norm.weight]
         self.norms = torch.stack(norms).detach().float()
         self.cos, self.sin = model.rope_cos, model.rope_sin
 
-    def _block(self, name: str, matrices: list[Packed]) -> Packed | None:
-        first = matrices[0]
-        alike = len({m.kind for m in matrices}) == 1
-        if alike:
-            values, scales = torch.stack([m.values for m in matrices]), torch.stack([m.scales for m in matrices])
-            matrices = [Packed(first.kind, v, s, first.columns) for v, s in zip(values, scales)]
-        for layer, m in zip(self.layers, matrices):
+    def _block(self, name: str, matrices: Iterator[Packed], alike: bool) -> Packed | None:
+        block = None
+        for i, (layer, m) in enumerate(zip(self.layers, matrices)):
+            if alike:
+                if block is None:
+                    values, scales = (_streamed(t, len(self.layers)) for t in (m.values, m.scales))
+                    block = Packed(m.kind, values, scales, m.columns)
+                m = replace(m, values=block.values[i].copy_(m.values), scales=block.scales[i].copy_(m.scales))
             layer[name] = m
-        return Packed(first.kind, values, scales, first.columns) if alike else None
+        return block
 
     @property
     def nbytes(self) -> int:
@@ -300,8 +322,8 @@ class FastDecoder:
         dtype = torch.float32 if self.weights.kind == "float32" else torch.bfloat16
         width = cfg.head_dim + (-cfg.head_dim % 32 if self.engine == "kernels" else 0)
         shape = (cfg.n_layers, batch_size, cfg.n_kv_heads, room, width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=self.device)
-        self.values = torch.zeros_like(self.keys)
+        token = torch.empty((), dtype=dtype, device=self.device)
+        self.keys, self.values = _streamed(token, *shape).zero_(), _streamed(token, *shape).zero_()
         self.lengths = np.zeros(batch_size, np.int64)  # tokens held by each slot
         if self.engine == "kernels":
             self._run = _Kernels(self, max(batch_size, 8), threads or torch.get_num_threads())
