@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llama_edu import LlamaConfig, Transformer, generate
 from llama_edu.errors import UserError
@@ -44,6 +45,14 @@ def test_the_product_is_that_of_the_dense_weights(kind, n):
     assert (out[:, [0, 6]] == 0).all() and (out[n:] == 0).all()
 
 
+@pytest.mark.parametrize("heads, kv_heads, length", [(4, 4, 1), (8, 2, 300), (6, 1, 129), (3, 3, 257)])
+def test_attention_of_a_prompt_is_that_of_pytorch(heads, kv_heads, length):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, length, 10) for h in (heads, kv_heads, kv_heads))
+    exact = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v)), is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(fast._attention(q, k, v).double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_embeddings": True, "dim": 64}, {"n_heads": 8, "n_kv_heads": 1, "head_dim": 10}]
@@ -59,9 +68,7 @@ def test_float32_ids_are_those_of_generate(threads, changes):
         assert decoder.generate(PROMPTS, max_new_tokens=20, **options) == generate(
             m, PROMPTS, max_new_tokens=20, **options
         )
-    assert decoder.generate([[5, 6]], max_new_tokens=9) == generate(
-        m, [[5, 6]], max_new_tokens=9
-    )  # again, smaller
+    assert decoder.generate([[5, 6]], max_new_tokens=9) == generate(m, [[5, 6]], max_new_tokens=9)  # again, smaller
     stream = decoder.generate(PROMPTS, max_new_tokens=4, stream=True)
     assert list(stream) == list(generate(m, PROMPTS, max_new_tokens=4, stream=True))
 
