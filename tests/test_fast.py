@@ -1,6 +1,7 @@
 """The fast decoder: both engines give what the plain `generate` gives."""
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from llama_edu import LlamaConfig, Transformer, generate
 from llama_edu.errors import UserError
-from llama_edu.generation import fast
+from llama_edu.generation import fast, kernels
 from llama_edu.generation.decode import NonFiniteLogits
 from llama_edu.generation.fast import FastDecoder, FusedWeights, fast_generate
 from llama_edu.generation.kernels import product_rows
@@ -34,15 +35,33 @@ def model(factor=2.0, **changes) -> Transformer:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("n", [1, 3, 8, 13])
+@pytest.mark.parametrize("n", [1, 3, 6, 8, 13])
 def test_the_product_is_that_of_the_dense_weights(kind, n):
     torch.manual_seed(n)
-    packed, x = Packed.of(torch.randn(7, 96), kind), torch.randn(16, 96)
-    out = np.zeros((16, 7), np.float32)
-    product_rows(*fast._arrays(packed), x.numpy(), out, 1, 6, n)
-    exact = (x.double() @ packed.dense().double().T).numpy()
-    np.testing.assert_allclose(out[:n, 1:6], exact[:n, 1:6], rtol=1e-5, atol=1e-4)
-    assert (out[:, [0, 6]] == 0).all() and (out[n:] == 0).all()
+    packed, x = Packed.of(torch.randn(11, 96), kind), torch.randn(16, 96)
+    out, short = np.zeros((16, 11), np.float32), np.zeros(16 * 96, np.uint16)
+    product_rows(*fast._arrays(packed), x.numpy(), short, out, 1, 10, n)
+    rounded = kind == "bfloat16" and n >= 8 and kernels._has_dots()  # to bfloat16, where that is one instruction
+    exact = ((x.bfloat16() if rounded else x).double() @ packed.dense().double().T).numpy()
+    np.testing.assert_allclose(out[:n, 1:10], exact[:n, 1:10], rtol=1e-5, atol=1e-4)
+    assert (out[:, [0, 10]] == 0).all() and (out[n:] == 0).all()
+
+
+def test_products_are_right_on_a_processor_that_is_asked_for_less():
+    """Machine code for any x86-64 or ARM processor: no dot products of bfloat16, and nothing that it cannot run."""
+    source = """
+import numpy as np, torch
+from llama_edu.generation import fast, kernels
+from llama_edu.generation.quantize import Packed
+assert not kernels._has_dots()
+packed, x = Packed.of(torch.randn(11, 96), "bfloat16"), torch.randn(16, 96)
+out, short = np.zeros((16, 11), np.float32), np.zeros(16 * 96, np.uint16)
+kernels.product_rows(*fast._arrays(packed), x.numpy(), short, out, 0, 11, 16)
+np.testing.assert_allclose(out, (x.double() @ packed.dense().double().T).numpy(), rtol=1e-5, atol=1e-4)
+"""
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("heads, kv_heads, length", [(4, 4, 1), (8, 2, 300), (6, 1, 129), (3, 3, 257)])
@@ -51,6 +70,17 @@ def test_attention_of_a_prompt_is_that_of_pytorch(heads, kv_heads, length):
     q, k, v = (torch.randn(2, h, length, 10) for h in (heads, kv_heads, kv_heads))
     exact = F.scaled_dot_product_attention(*(t.double() for t in (q, k, v)), is_causal=True, enable_gqa=True)
     torch.testing.assert_close(fast._attention(q, k, v).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_sixteen_sequences_in_bfloat16_are_as_close_to_exact_arithmetic_as_the_plain_model():
+    m = model(1.0).to(torch.bfloat16)
+    text = torch.randint(0, 101, (16, 30), generator=torch.Generator().manual_seed(1))
+    decoder = FastDecoder(m, batch_size=16)
+    decoder.prefill(text[:, :10].tolist())
+    ours = torch.stack([decoder.step(text[:, i].tolist()).clone() for i in range(10, 30)], dim=1)
+    with torch.no_grad():
+        plain, exact = m(text)[:, 10:], m.float()(text)[:, 10:]
+    assert (ours - exact).norm() < (plain - exact).norm()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -4,7 +4,8 @@ numba compiles what stands here. Three things decide the speed, and lesson 52 me
 
 - a weight is read once, as a stream, in the form it has in memory (float32, bfloat16, int8, int4), is widened in
   registers, and memory is asked for it well before it is needed (`_product` writes this loop with LLVM's vectors, so
-  the same source serves AVX-512, AVX2 and NEON);
+  the same source serves AVX-512, AVX2 and NEON); many vectors share a reading, and beside weights in bfloat16 they are
+  multiplied by the processor's dot product of bfloat16, where it has one;
 - the whole network is one call, and its phases are kept apart by barriers in which threads spin, not sleep;
 - norms, rotations, attention and activations use what is in the caches from the product before them.
 """
@@ -18,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -98,14 +100,18 @@ def _product(rows: int, columns: int) -> Callable:
     """A numba function (w, scales, r, x, c, out): out[c + j, r + i] = w[r + i] . x[c + j], i < rows, j < columns.
 
     The length of a row is a multiple of 32. The kind of weight follows from the dtype of `w`: uint16 is bfloat16, uint8
-    is two int4. `scales` is (rows, 1) float32 for int8 and (rows, length / 32) bfloat16 for int4, else unused.
+    is two int4. `scales` is (rows, 1) float32 for int8 and (rows, length / 32) bfloat16 for int4, else unused. `x` is
+    float32; or bfloat16 beside weights in bfloat16, where `_dots` says that the processor multiplies these.
     """
 
     @intrinsic
     def product(typingctx, w, scales, r, x, c, out):
         kind, width = _KINDS[w.dtype]
+        dot = x.dtype == types.uint16
 
         def codegen(context, b, signature, args):
+            if dot and not (kind == "bfloat16" and _has_dots()):
+                return context.get_dummy_value()  # compiled beside what is used here, never called
             arrays = [context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 1, 3, 5)]
             w, scales, x, out = arrays
             r, c = (b.sext(args[i], _I64) if args[i].type != _I64 else args[i] for i in (2, 4))
@@ -116,10 +122,12 @@ def _product(rows: int, columns: int) -> Callable:
             w_row = [_address(b, w.data, b.mul(b.add(r, const(i)), row_bytes), _I8) for i in range(rows)]
             per_row = b.mul(shape(scales, 1), const(2 if kind == "int4" else 4))
             s_row = [_address(b, scales.data, b.mul(b.add(r, const(i)), per_row), _I8) for i in range(rows)]
-            x_bytes = b.shl(length, const(2))
+            x_bytes = b.shl(length, const(1 if dot else 2))
             x_row = [_address(b, x.data, b.mul(b.add(c, const(j)), x_bytes), _I8) for j in range(columns)]
             fma = ir.FunctionType(_vector(_F32), [_vector(_F32)] * 3)
             fma = cgutils.get_or_insert_function(b.module, fma, f"llvm.fma.v{LANES}f32")
+            both = ir.FunctionType(_vector(_F32), [_vector(_F32), _vector(_I32), _vector(_I32)])
+            both = dot and cgutils.get_or_insert_function(b.module, both, "llvm.x86.avx512bf16.dpbf16ps.512")
             prefetch = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
             prefetch = cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0")
 
@@ -141,8 +149,17 @@ def _product(rows: int, columns: int) -> Callable:
                 for line in range(max(1, int(32 * width) // 64)):
                     place = _address(b, w_row[i], b.add(offset, const(_AHEAD + 64 * line)), _I8)
                     b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
-                weights.append(_expand(b, kind, w_row[i], s_row[i], at))
-            for u in range(2):
+                if dot:  # 32 of them in one register, as they are
+                    weights.append(_load(b, w_row[i], offset, _vector(_I32)))
+                else:
+                    weights.append(_expand(b, kind, w_row[i], s_row[i], at))
+            if dot:
+                for j in range(columns):
+                    values = _load(b, x_row[j], b.shl(at, const(1)), _vector(_I32))
+                    for i in range(rows):
+                        k = (i * columns + j) * several
+                        new[k] = b.call(both, [new[k], weights[i], values])
+            for u in () if dot else range(2):
                 offset = b.shl(b.add(at, const(u * LANES)), const(2))
                 for j in range(columns):
                     values = _load(b, x_row[j], offset, _vector(_F32))
@@ -174,7 +191,23 @@ def _product(rows: int, columns: int) -> Callable:
     return product
 
 
-_one, _one_by_four, _two_by_eight, _one_by_eight = _product(1, 1), _product(1, 4), _product(2, 8), _product(1, 8)
+_one, _one_by_four, _four_by_four = _product(1, 1), _product(1, 4), _product(4, 4)
+
+
+def _has_dots() -> bool:
+    """Whether machine code is made for this processor, and it has AVX-512's dot product of bfloat16."""
+    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
+    return own and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+
+
+@intrinsic
+def _dots(typingctx, w):
+    """Whether products of these weights with vectors in bfloat16 are one instruction: a constant of the program."""
+
+    def codegen(context, b, signature, args):
+        return ir.Constant(ir.IntType(1), signature.args[0].dtype == types.uint16 and _has_dots())
+
+    return types.boolean(w), codegen
 
 
 @intrinsic
@@ -263,28 +296,40 @@ def _barrier(sync, n):
 
 
 @compiled
-def product_rows(w, scales, x, out, first, last, n):
-    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n."""
-    if n == 1:
-        for r in range(first, last):
-            _one(w, scales, r, x, 0, out)
-        return
-    for r in range(first, last - 1, 2):
+def _product_rows(w, scales, x, out, first, last, n):
+    r = first
+    while last - r >= 4 and n >= 4:
         j = 0
-        while n - j >= 8:
-            _two_by_eight(w, scales, r, x, j, out)
-            j += 8
         while n - j >= 4:
-            _one_by_four(w, scales, r, x, j, out)
-            _one_by_four(w, scales, r + 1, x, j, out)
+            _four_by_four(w, scales, r, x, j, out)
             j += 4
-        while n - j >= 1:
-            _one(w, scales, r, x, j, out)
-            _one(w, scales, r + 1, x, j, out)
+        while j < n:
+            for i in range(r, r + 4):
+                _one(w, scales, i, x, j, out)
             j += 1
-    if (last - first) % 2:
+        r += 4
+    while r < last:
         for j in range(n):
-            _one(w, scales, last - 1, x, j, out)
+            _one(w, scales, r, x, j, out)
+        r += 1
+
+
+@compiled
+def product_rows(w, scales, x, short, out, first, last, n):
+    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n.
+
+    From 8 vectors on arithmetic costs more than reading. Then x is rounded to bfloat16 beside weights in bfloat16,
+    where the processor has instructions for that; `short`, flat and of this thread, takes it.
+    """
+    if n >= 8 and _dots(w):
+        width = x.shape[1]
+        rounded = short[: n * width].reshape((n, width))
+        for j in range(n):
+            for i in range(width):
+                rounded[j, i] = _narrow(x[j, i], rounded)
+        _product_rows(w, scales, rounded, out, first, last, n)
+    else:
+        _product_rows(w, scales, x, out, first, last, n)
 
 
 @compiled
@@ -364,13 +409,14 @@ def work(me, sync, network, state):
 
     network: (embedding, wqkv, wo, w13, w2, output, each weight with its scales, norms, cos, sin, eps, head_dim, n_kv).
     state: (numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up,
-    hidden, update, logits, best). numbers: how many tokens, how many threads.
+    hidden, update, logits, best, short). numbers: how many tokens, how many threads.
     """
     embedding, wqkv, s_qkv, wo, s_o, w13, s_13, w2, s_2, output, s_out, norms, cos, sin, eps, head_dim, n_kv = network
     numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up, hidden = (
         state[:15]
     )
-    update, logits, best = state[15:]
+    update, logits, best, short = state[15:]
+    short = short[me]
     threads = numbers[1]
     dim, n_layers = norms.shape[1], wqkv.shape[0]
     n_heads = q.shape[1]
@@ -398,7 +444,7 @@ def work(me, sync, network, state):
             for b in range(n):
                 _normalise(x[b], norms[2 * layer], eps, mine[b])
             first, last = heads * me // threads, heads * (me + 1) // threads
-            product_rows(wqkv[layer], s_qkv[layer], mine, qkv, first * head_dim, last * head_dim, n)
+            product_rows(wqkv[layer], s_qkv[layer], mine, short, qkv, first * head_dim, last * head_dim, n)
             for b in range(n):
                 place = positions[b]
                 for head in range(first, last):
@@ -429,7 +475,7 @@ def work(me, sync, network, state):
                         attended[b, (head * group + g) * head_dim + i] = mixed[me, g, i]
             _barrier(sync, threads)
             first, last = dim * me // threads, dim * (me + 1) // threads
-            product_rows(wo[layer], s_o[layer], attended, update, first, last, n)
+            product_rows(wo[layer], s_o[layer], attended, short, update, first, last, n)
             for b in range(n):
                 for i in range(first, last):
                     x[b, i] += update[b, i]
@@ -438,14 +484,14 @@ def work(me, sync, network, state):
             for b in range(n):
                 _normalise(x[b], norms[2 * layer + 1], eps, mine[b])
             begin, end = ffn * me // threads, ffn * (me + 1) // threads
-            product_rows(w13[layer], s_13[layer], mine, gate_up, begin, end, n)
-            product_rows(w13[layer], s_13[layer], mine, gate_up, ffn + begin, ffn + end, n)
+            product_rows(w13[layer], s_13[layer], mine, short, gate_up, begin, end, n)
+            product_rows(w13[layer], s_13[layer], mine, short, gate_up, ffn + begin, ffn + end, n)
             for b in range(n):
                 for i in range(begin, end):
                     gate = gate_up[b, i]
                     hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * gate_up[b, ffn + i]
             _barrier(sync, threads)
-            product_rows(w2[layer], s_2[layer], hidden, update, first, last, n)
+            product_rows(w2[layer], s_2[layer], hidden, short, update, first, last, n)
             for b in range(n):
                 for i in range(first, last):
                     x[b, i] += update[b, i]
@@ -454,7 +500,7 @@ def work(me, sync, network, state):
             _normalise(x[b], norms[2 * n_layers], eps, mine[b])
         vocab = output.shape[0]
         first, last = vocab * me // threads, vocab * (me + 1) // threads
-        product_rows(output, s_out, mine, logits, first, last, n)
+        product_rows(output, s_out, mine, short, logits, first, last, n)
         for b in range(
             n
         ):  # the likeliest of this thread's tokens, and 0 * their sum, which is NaN where one is not finite
