@@ -3,13 +3,19 @@
     python benchmarks/decode.py                        the goals' cells at 15M, 110M and the Llama 3.2 1B shape
     python benchmarks/decode.py --sizes 15m 110m
     python benchmarks/decode.py --sizes 110m --dtypes float32 --batches 1 --peers llama.cpp --repeats 5
-    python benchmarks/decode.py --sizes 1b 8b --dtypes bfloat16 --device cuda     on a GPU
+    python benchmarks/decode.py --sizes 1b 8b --dtypes bfloat16 fp8 --batches 1 --device cuda     on a GPU
+
+The peers: `pip install transformers gguf llama-cpp-python` (the last one is compiled, by cmake and a C++ compiler, for
+the processor it is installed on; that takes some minutes) and `pip install --no-deps litgpt lightning
+lightning-utilities torchmetrics psutil`: without dependencies, because litgpt pins a huggingface_hub that transformers
+refuses.
 
 Every contender is a process of its own, so its memory is its own; they load first and then measure in turns, one at a
 time, so that a busy machine is busy for all. A round is a prefill of 512 tokens for each sequence and 128 greedy steps
 (fewer where these take longer than --seconds). Printed are medians over the rounds, the median of the ratios within a
-round, and the peak of resident memory. Weights are random. A peer that is not installed, or has not the weights, is
-named.
+round, and the peak of resident memory. Each round also reads a large array with all threads: that rate over the bytes
+of weights, keys and values that a step reads is the memory limit, and our share of it is printed. Weights are random. A
+peer that is not installed, or has not the weights, is named.
 """
 
 from __future__ import annotations
@@ -87,15 +93,24 @@ class Ours:
 
         from llama_edu import Transformer
         from llama_edu.generation import FastDecoder
+        from llama_edu.generation.quantize import quantize
 
         cfg = configuration(args.size)
         with torch.device("meta"):
             model = Transformer(cfg)
         dtype = torch.float32 if args.dtype == "float32" else torch.bfloat16
         model = fill(model.to(dtype).to_empty(device=args.device))
-        room = PROMPT + DECODE + 1
+        if args.dtype == "fp8":
+            model = quantize(model, "fp8")
         weights = None if args.dtype == "fp8" else args.dtype
+        room = PROMPT + DECODE
         self.decoder = FastDecoder(model, weights=weights, batch_size=args.batch, max_seq_len=room, engine=self.engine)
+
+    def bytes_a_step(self) -> float:
+        """Weights, and the keys and values of a step in the middle of a round."""
+        d = self.decoder
+        cache = d.keys.nbytes + d.values.nbytes
+        return d.weights.nbytes + cache * (PROMPT + DECODE / 2) / d.max_seq_len
 
     def prefill(self, ids: list[list[int]]) -> None:
         self.ids = self.decoder.prefill(ids).argmax(-1).tolist()
@@ -378,8 +393,8 @@ def write_gguf(path: Path, size: str, dtype: str) -> None:
 
 # name -> (class, modules it needs, kinds of weights it has, compiled)
 CONTENDERS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...], bool]] = {
-    "ours": (Ours, (), ("float32", "bfloat16", "int8", "int4"), False),
-    "ours, torch.compile": (OursCompiled, (), ("float32", "bfloat16", "int8", "int4"), True),
+    "ours": (Ours, (), ("float32", "bfloat16", "int8", "int4", "fp8"), False),
+    "ours, torch.compile": (OursCompiled, (), ("float32", "bfloat16", "int8", "int4", "fp8"), True),
     "transformers": (HuggingFace, ("transformers",), ("float32", "bfloat16"), True),
     "transformers, eager": (HuggingFace, ("transformers",), ("float32", "bfloat16"), False),
     "litgpt": (LitGPT, ("litgpt",), ("float32", "bfloat16"), True),
@@ -397,6 +412,26 @@ def resident_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reading_rate(args: argparse.Namespace) -> Callable[[], float]:
+    """A function that reads an array much larger than the caches with all threads, and gives bytes a second."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(args.threads)
+    # On a CPU numpy's memory, which comes in large pages; a sum of whole numbers costs nothing beside the reading.
+    if args.device == "cpu":
+        array = torch.from_numpy(np.ones(1 << 25, np.int64))
+    else:
+        array = torch.ones(1 << 28, dtype=torch.int64, device=args.device)
+
+    def once() -> float:
+        start = time.perf_counter()
+        array.sum().item()
+        return array.nbytes / (time.perf_counter() - start)
+
+    return lambda: max(once() for _ in range(8))
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -419,7 +454,7 @@ def worker(args: argparse.Namespace) -> None:
         contender.prefill([p[:16] for p in prompts] if args.size in ("1b", "8b") else prompts)
         for _ in range(3):
             contender.step()
-        say(ready=True)
+        say(ready=True, bytes=getattr(contender, "bytes_a_step", lambda: 0)())
         for _ in sys.stdin:
             start = time.perf_counter()
             contender.prefill(prompts)
@@ -445,12 +480,16 @@ def cell(args: argparse.Namespace, size: str, dtype: str, batch: int) -> None:
     errors = Path(tempfile.mkdtemp())
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
 
+    sizes: dict[str, float] = {}  # bytes that a step reads
+
     def answer(name: str) -> dict[str, Any]:
         line = workers[name].stdout.readline()
         result = json.loads(line) if line else {"error": (errors / name).read_text()[-200:].replace("\n", " ")}
         if "error" in result:
             absent[name] = result["error"]
             workers.pop(name).kill()
+        elif result.get("bytes"):
+            sizes[name] = result["bytes"]
         return result
 
     for name in ("ours", *(n for n in CONTENDERS if n in args.peers)):
@@ -476,8 +515,9 @@ def cell(args: argparse.Namespace, size: str, dtype: str, batch: int) -> None:
         for name in list(workers):
             answer(name)
     rounds: list[dict[str, dict[str, float]]] = []
+    rate = reading_rate(args)
     for _ in range(args.repeats):
-        results = {}
+        results = {"memory": {"rate": rate()}}
         for name in list(workers):
             workers[name].stdin.write("go\n")
             workers[name].stdin.flush()
@@ -488,10 +528,12 @@ def cell(args: argparse.Namespace, size: str, dtype: str, batch: int) -> None:
     for process in workers.values():
         process.stdin.close()
         process.wait()
-    report(size, dtype, batch, rounds, list(workers), absent)
+    report(size, dtype, batch, rounds, list(workers), absent, sizes)
 
 
-def report(size: str, dtype: str, batch: int, rounds: list, names: list[str], absent: dict[str, str]) -> None:
+def report(
+    size: str, dtype: str, batch: int, rounds: list, names: list[str], absent: dict[str, str], sizes: dict[str, float]
+) -> None:
     median = lambda name, what: statistics.median(r[name][what] for r in rounds)
     ratio = lambda name, what: statistics.median(r["ours"][what] / r[name][what] for r in rounds)
     print(f"\n### {size}, {dtype}, batch {batch}\n")
@@ -501,6 +543,12 @@ def report(size: str, dtype: str, batch: int, rounds: list, names: list[str], ab
         cells = [f"{median(name, 'decode'):.1f}", f"{ratio(name, 'decode'):.2f}" if "ours" in names else "-"]
         cells += [f"{median(name, 'prefill'):.0f}", f"{ratio(name, 'prefill'):.2f}" if "ours" in names else "-"]
         print(f"| {name} | {' | '.join(cells)} | {median(name, 'peak'):.0f} |")
+    for name, read in sizes.items():
+        rate = statistics.median(r["memory"]["rate"] for r in rounds)
+        share = statistics.median(r[name]["decode"] / batch * read / r["memory"]["rate"] for r in rounds)
+        print(
+            f"\n{name}: a step reads {read / 1e6:.0f} MB; memory gives {rate / 1e9:.1f} GB/s: {share:.0%} of the limit"
+        )
     for name, why in absent.items():
         print(f"\nabsent: {name}: {why}")
     print()
@@ -522,7 +570,7 @@ def report(size: str, dtype: str, batch: int, rounds: list, names: list[str], ab
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["15m", "110m", "1b"], choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "int8", "int4"])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "int8", "int4", "fp8"])
     parser.add_argument("--batches", nargs="+", type=int)
     peers = [name for name in CONTENDERS if name != "ours"]
     parser.add_argument("--peers", nargs="*", default=[p for p in peers if "," not in p], choices=peers)
