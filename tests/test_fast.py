@@ -17,7 +17,7 @@ from llama_edu.errors import UserError
 from llama_edu.generation import fast, kernels
 from llama_edu.generation.decode import NonFiniteLogits
 from llama_edu.generation.fast import FastDecoder, FusedWeights, fast_generate
-from llama_edu.generation.kernels import product_rows
+from llama_edu.generation.kernels import product_rows, round_rows
 from llama_edu.generation.quantize import Packed, quantize
 from llama_edu.generation.speculative import speculate
 
@@ -40,6 +40,7 @@ def test_the_product_is_that_of_the_dense_weights(kind, n):
     torch.manual_seed(n)
     packed, x = Packed.of(torch.randn(11, 96), kind), torch.randn(16, 96)
     out, short = np.zeros((16, 11), np.float32), np.zeros(16 * 96, np.uint16)
+    round_rows(fast._arrays(packed)[0], x.numpy(), short, n)
     product_rows(*fast._arrays(packed), x.numpy(), short, out, 1, 10, n)
     rounded = kind == "bfloat16" and n >= 8 and kernels._has_dots()  # to bfloat16, where that is one instruction
     exact = ((x.bfloat16() if rounded else x).double() @ packed.dense().double().T).numpy()

@@ -248,9 +248,9 @@ class _Kernels:
 
     def likeliest(self, n: int) -> tuple[list[int], bool]:
         """The arg-max of each of the last step's rows, found while it was computed, and whether all are finite."""
-        best = self.best[:, :n]
-        who = best[:, :, 0].argmax(0)
-        return best[who, np.arange(n), 1].astype(np.int64).tolist(), not np.isnan(best[:, :, 2]).any()
+        score, index, zero = (self.best[:, :n, i] for i in range(3))
+        ids = np.where(score == score.max(0), index, np.inf).min(0)  # the first of equals
+        return ids.astype(np.int64).tolist(), not np.isnan(zero).any()
 
 
 def _array(t: Tensor) -> np.ndarray:

@@ -27,7 +27,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "Team", "compiled", "product_rows", "work"]
+__all__ = ["LANES", "Team", "compiled", "product_rows", "round_rows", "work"]
 
 LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
 _AHEAD = 4096  # bytes between what is read and what is asked for
@@ -266,7 +266,7 @@ else:
     _NAP = np.uint32(50)
 
 # Places of `sync`, an int64 a cache line apart.
-_ARRIVED, _PHASE, _CALLS, _STOP, _N_SYNC = 0, 8, 16, 24, 32
+_ARRIVED, _PHASE, _CALLS, _STOP, _TAKEN, _N_SYNC = 0, 8, 16, 24, 32, 40
 
 
 @compiled
@@ -284,15 +284,29 @@ def _wait(sync, place, seen):
 
 @compiled
 def _barrier(sync, n):
-    """Return when all `n` threads have come here."""
-    if n == 1:
-        return
+    """Return when all `n` threads have come here; the pieces of the next phase are then there to be taken."""
     phase = _atomic_load(sync, _PHASE, 0)
     if _atomic_add(sync, _ARRIVED, 1) == n - 1:
         _atomic_store(sync, _ARRIVED, 0)
+        _atomic_store(sync, _TAKEN, 0)
         _atomic_store(sync, _PHASE, phase + 1)
     else:
         _wait(sync, _PHASE, phase)
+
+
+@compiled
+def _take(sync, most, total, unit):
+    """The next rows of `total` that nobody has taken, as first and last; two zeros when there are none.
+
+    Threads take pieces and have no fixed share, because one that is slower, or interrupted, would keep all waiting.
+    There are at most `most` pieces of whole units, the last of which may be shorter.
+    """
+    units = (total + unit - 1) // unit
+    pieces = min(units, most)
+    piece = _atomic_add(sync, _TAKEN, 1)
+    if piece >= pieces:
+        return 0, 0
+    return unit * (units * piece // pieces), min(total, unit * (units * (piece + 1) // pieces))
 
 
 @compiled
@@ -315,19 +329,26 @@ def _product_rows(w, scales, x, out, first, last, n):
 
 
 @compiled
-def product_rows(w, scales, x, short, out, first, last, n):
-    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n.
-
-    From 8 vectors on arithmetic costs more than reading. Then x is rounded to bfloat16 beside weights in bfloat16,
-    where the processor has instructions for that; `short`, flat and of this thread, takes it.
-    """
+def round_rows(w, x, short, n):
+    """What `product_rows` needs in `short`, memory of this thread: n vectors in bfloat16, where it uses them."""
     if n >= 8 and _dots(w):
         width = x.shape[1]
         rounded = short[: n * width].reshape((n, width))
         for j in range(n):
             for i in range(width):
                 rounded[j, i] = _narrow(x[j, i], rounded)
-        _product_rows(w, scales, rounded, out, first, last, n)
+
+
+@compiled
+def product_rows(w, scales, x, short, out, first, last, n):
+    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n.
+
+    From 8 vectors on arithmetic costs more than reading. Then x is taken in bfloat16 beside weights in bfloat16, from
+    `short`, where the processor has instructions for that.
+    """
+    if n >= 8 and _dots(w):
+        width = x.shape[1]
+        _product_rows(w, scales, short[: n * width].reshape((n, width)), out, first, last, n)
     else:
         _product_rows(w, scales, x, out, first, last, n)
 
@@ -424,6 +445,7 @@ def work(me, sync, network, state):
     heads = n_heads + 2 * n_kv
     ffn = w13.shape[1] // 2
     mine = normed[me]
+    most = 8 * threads if threads > 1 else 1  # pieces of a phase
     scale = np.float32(1 / np.sqrt(head_dim))
     calls = 0
     while True:
@@ -440,77 +462,97 @@ def work(me, sync, network, state):
                 x[b, i] = _widen(embedding[tokens[b], i])
         _barrier(sync, threads)
         for layer in range(n_layers):
-            # Queries, keys and values: whole heads to a thread, which rotates and stores what it has made.
+            # Queries, keys and values: whole heads at a time, rotated and stored by the thread that has made them.
             for b in range(n):
                 _normalise(x[b], norms[2 * layer], eps, mine[b])
-            first, last = heads * me // threads, heads * (me + 1) // threads
-            product_rows(wqkv[layer], s_qkv[layer], mine, short, qkv, first * head_dim, last * head_dim, n)
-            for b in range(n):
-                place = positions[b]
-                for head in range(first, last):
-                    row = qkv[b, head * head_dim : (head + 1) * head_dim]
-                    if head < n_heads + n_kv:
-                        for i in range(head_dim // 2):
-                            even, odd, c, s = row[2 * i], row[2 * i + 1], cos[place, i], sin[place, i]
-                            row[2 * i], row[2 * i + 1] = even * c - odd * s, even * s + odd * c
-                    if head < n_heads:
-                        for i in range(head_dim):
-                            q[b, head, i] = row[i] * scale
-                    elif head < n_heads + n_kv:
-                        to = keys[layer, slots[b], head - n_heads, place]
-                        for i in range(head_dim):
-                            to[i] = _narrow(row[i], keys)
-                    else:
-                        to = values[layer, slots[b], head - n_heads - n_kv, place]
-                        for i in range(head_dim):
-                            to[i] = _narrow(row[i], values)
+            round_rows(wqkv, mine, short, n)
+            first, last = _take(sync, most, heads, 1)
+            while last > first:
+                product_rows(wqkv[layer], s_qkv[layer], mine, short, qkv, first * head_dim, last * head_dim, n)
+                for b in range(n):
+                    place = positions[b]
+                    for head in range(first, last):
+                        row = qkv[b, head * head_dim : (head + 1) * head_dim]
+                        if head < n_heads + n_kv:
+                            for i in range(head_dim // 2):
+                                even, odd, c, s = row[2 * i], row[2 * i + 1], cos[place, i], sin[place, i]
+                                row[2 * i], row[2 * i + 1] = even * c - odd * s, even * s + odd * c
+                        if head < n_heads:
+                            for i in range(head_dim):
+                                q[b, head, i] = row[i] * scale
+                        elif head < n_heads + n_kv:
+                            to = keys[layer, slots[b], head - n_heads, place]
+                            for i in range(head_dim):
+                                to[i] = _narrow(row[i], keys)
+                        else:
+                            to = values[layer, slots[b], head - n_heads - n_kv, place]
+                            for i in range(head_dim):
+                                to[i] = _narrow(row[i], values)
+                first, last = _take(sync, most, heads, 1)
             _barrier(sync, threads)
-            for item in range(n * n_kv * me // threads, n * n_kv * (me + 1) // threads):
-                b, head = item // n_kv, item % n_kv
-                here = q[b, head * group : (head + 1) * group]
-                k, v = keys[layer, slots[b], head], values[layer, slots[b], head]
-                _attend(here, k, v, s_o[0], positions[b] + 1, scores[me], mixed[me])
-                for g in range(group):
-                    for i in range(head_dim):
-                        attended[b, (head * group + g) * head_dim + i] = mixed[me, g, i]
+            first, last = _take(sync, most, n * n_kv, 1)
+            while last > first:
+                for item in range(first, last):
+                    b, head = item // n_kv, item % n_kv
+                    here = q[b, head * group : (head + 1) * group]
+                    k, v = keys[layer, slots[b], head], values[layer, slots[b], head]
+                    _attend(here, k, v, s_o[0], positions[b] + 1, scores[me], mixed[me])
+                    for g in range(group):
+                        for i in range(head_dim):
+                            attended[b, (head * group + g) * head_dim + i] = mixed[me, g, i]
+                first, last = _take(sync, most, n * n_kv, 1)
             _barrier(sync, threads)
-            first, last = dim * me // threads, dim * (me + 1) // threads
-            product_rows(wo[layer], s_o[layer], attended, short, update, first, last, n)
-            for b in range(n):
-                for i in range(first, last):
-                    x[b, i] += update[b, i]
+            round_rows(wo, attended, short, n)
+            first, last = _take(sync, most, dim, 4)
+            while last > first:
+                product_rows(wo[layer], s_o[layer], attended, short, update, first, last, n)
+                for b in range(n):
+                    for i in range(first, last):
+                        x[b, i] += update[b, i]
+                first, last = _take(sync, most, dim, 4)
             _barrier(sync, threads)
-            # The feed-forward half: a thread has the same rows of gate and up.
+            # The feed-forward half: a piece is the same rows of gate and up.
             for b in range(n):
                 _normalise(x[b], norms[2 * layer + 1], eps, mine[b])
-            begin, end = ffn * me // threads, ffn * (me + 1) // threads
-            product_rows(w13[layer], s_13[layer], mine, short, gate_up, begin, end, n)
-            product_rows(w13[layer], s_13[layer], mine, short, gate_up, ffn + begin, ffn + end, n)
-            for b in range(n):
-                for i in range(begin, end):
-                    gate = gate_up[b, i]
-                    hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * gate_up[b, ffn + i]
+            round_rows(w13, mine, short, n)
+            first, last = _take(sync, most, ffn, 4)
+            while last > first:
+                product_rows(w13[layer], s_13[layer], mine, short, gate_up, first, last, n)
+                product_rows(w13[layer], s_13[layer], mine, short, gate_up, ffn + first, ffn + last, n)
+                for b in range(n):
+                    for i in range(first, last):
+                        gate, up = gate_up[b, i], gate_up[b, ffn + i]
+                        hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * up
+                first, last = _take(sync, most, ffn, 4)
             _barrier(sync, threads)
-            product_rows(w2[layer], s_2[layer], hidden, short, update, first, last, n)
-            for b in range(n):
-                for i in range(first, last):
-                    x[b, i] += update[b, i]
+            round_rows(w2, hidden, short, n)
+            first, last = _take(sync, most, dim, 4)
+            while last > first:
+                product_rows(w2[layer], s_2[layer], hidden, short, update, first, last, n)
+                for b in range(n):
+                    for i in range(first, last):
+                        x[b, i] += update[b, i]
+                first, last = _take(sync, most, dim, 4)
             _barrier(sync, threads)
         for b in range(n):
             _normalise(x[b], norms[2 * n_layers], eps, mine[b])
+            best[me, b, 0], best[me, b, 1], best[me, b, 2] = -np.inf, 0, 0
+        # The likeliest of this thread's tokens, and 0 * the sum of their logits, NaN where one is not finite.
+        round_rows(output, mine, short, n)
         vocab = output.shape[0]
-        first, last = vocab * me // threads, vocab * (me + 1) // threads
-        product_rows(output, s_out, mine, short, logits, first, last, n)
-        for b in range(
-            n
-        ):  # the likeliest of this thread's tokens, and 0 * their sum, which is NaN where one is not finite
-            top, index, zero = -np.inf, np.int64(first), np.float32(0)
-            for i in range(first, last):
-                z = logits[b, i]
-                zero += z * np.float32(0)
-                if z > top:
-                    top, index = z, np.int64(i)
-            best[me, b, 0], best[me, b, 1], best[me, b, 2] = top, index, zero
+        first, last = _take(sync, most, vocab, 4)
+        while last > first:
+            product_rows(output, s_out, mine, short, logits, first, last, n)
+            for b in range(n):
+                top, index, zero = best[me, b, 0], best[me, b, 1], np.float32(0)
+                for i in range(first, last):
+                    z = logits[b, i]
+                    zero += z * np.float32(0)
+                    if z > top:
+                        top, index = np.float64(z), np.float64(i)
+                best[me, b, 0], best[me, b, 1] = top, index
+                best[me, b, 2] += zero
+            first, last = _take(sync, most, vocab, 4)
         _barrier(sync, threads)
         if me == 0:
             return
