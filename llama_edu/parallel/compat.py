@@ -34,7 +34,7 @@ def own_schedule(stages: list[Any], actions: list[list[Any]], **options: Any) ->
     """PyTorch's runtime of a pipeline for a schedule that PyTorch does not have.
 
     Args:
-        stages: this rank's `PipelineStage`s.
+        stages: each a `PipelineStage`, of this rank.
         actions: for each rank in order, what PyTorch writes as "0F3": forward (B: backward) of stage 0, micro-batch 3.
         options: of `ScheduleInterleaved1F1B` and its like.
     """
