@@ -267,16 +267,22 @@ def test_bfloat16_beside_float32_sums(world_size):
             assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
 
 
+COMPILED = {
+    2: [(P(dp=2), CONFIG), (P(cp=2), CONFIG), (P(pp=2), CONFIG), (P(tp=2), LOSS)],
+    4: [(P(dp=2, tp=2), few(1))],
+}
+
+
 @pytest.mark.slow
 def test_compiled_layers_give_the_same():
     """In a process of its own: the checks of shapes under pytest cannot be traced."""
     code = (
         "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
-        "for plan in (t.P(dp=2), t.P(cp=2), t.P(pp=2)):\n"
-        "    print(max(t.differences((plan, replace(t.CONFIG, compile=True)))))"
+        "for cases in t.COMPILED.values():\n"
+        "    print(max(t.differences(*((plan, replace(config, compile=True)) for plan, config in cases))))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 3 and max(map(float, done.stdout.split())) < 1e-12
+    assert len(done.stdout.split()) == len(COMPILED) and max(map(float, done.stdout.split())) < 1e-12

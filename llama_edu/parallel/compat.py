@@ -7,10 +7,13 @@ import logging
 import warnings
 from typing import Any
 
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
+    "arrived",
     "flatten_mesh",
     "own_schedule",
     "pair_mesh",
@@ -20,6 +23,14 @@ __all__ = [
     "sum_gradients",
     "takes",
 ]
+
+
+def arrived(x: Tensor) -> Tensor:
+    """`x`; where a collective may still be writing it, a copy made when it is there, which is a plain tensor.
+
+    A compiled function takes the waiting kind for a constant: it would get no gradient.
+    """
+    return x.clone() if isinstance(x, AsyncCollectiveTensor) else x
 
 
 def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from llama_edu.errors import UserError
+from llama_edu.parallel.compat import arrived
 from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
@@ -45,15 +47,18 @@ def parallelize(
         UserError: the model cannot be divided so.
     """
     plan.check_model(model.cfg)
-    if compile and plan.tp > 1:
-        raise UserError(f"compile does not go together with tp {plan.tp} in this torch: turn one off")
+    if compile and plan.tp > 1 and recompute != "none":
+        raise UserError(
+            f"recompute is {recompute!r} and tp {plan.tp}: PyTorch cannot keep the mesh of a compiled layer's "
+            "parameters for a second forward pass; turn compile or recompute off"
+        )
     layers = plan.stage_layers(model.cfg.n_layers)
     rank = mesh["pp"].get_local_rank()
     stages = {i: part for i, part in enumerate(cut_stages(model, layers)) if i % plan.pp == rank}
     if plan.pp == 1:
         stages = {0: model}
     shards = fsdp_mesh(mesh)
-    tp = mesh["tp"]
+    tp = mesh["tp"]  # one object for all: a compiled layer must not meet another of the same ranks
     heads = head_mesh(tp, model.cfg.n_kv_heads)
     dtype = torch.bfloat16 if bf16 else next(model.parameters()).dtype
     for stage in stages.values():
@@ -64,7 +69,7 @@ def parallelize(
         apply_recompute(stage, recompute)
         if compile:
             for layer in stage.layers.children():
-                layer.compile(dynamic=False)
+                _compile(layer, tp)
     if plan.pp == 1:
         return apply_fsdp(model, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
     pipeline = Pipeline(
@@ -80,3 +85,25 @@ def parallelize(
     for stage in stages.values():
         apply_fsdp(stage, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
     return pipeline
+
+
+def _compile(layer: nn.Module, tp: DeviceMesh) -> None:
+    """Compile a layer. With tensor parallel only this rank's part of the residual stream crosses the border.
+
+    What a compiled function takes and returns is then plain: of a DTensor's gradient PyTorch would have to guess, while
+    it compiles, how it will be placed.
+    """
+    if tp.size() == 1:
+        layer.compile(dynamic=False)
+        return
+    whole = layer.forward
+
+    def part(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return whole(DTensor.from_local(x, tp, [Shard(1)], run_check=False), *rest).to_local()
+
+    compiled = torch.compile(part, dynamic=False)
+
+    def forward(x: DTensor, *rest: object) -> DTensor:
+        return DTensor.from_local(compiled(arrived(x.to_local()), *rest), tp, [Shard(1)], run_check=False)
+
+    layer.forward = forward
