@@ -173,7 +173,7 @@ class Torchrun:
     LINE = (
         "--dim 16 --n-layers 2 --n-heads 2 --n-kv-heads 2 --model.vocab-size 258 --seq-len 16 --batch-size 4 "
         "--lr 1e-2 --steps 300 --checkpoint-every 10 --eval-every 0 --precision float32 --device cpu --no-mfu "
-        "--parallel.timeout 4"
+        "--parallel.timeout 8"
     ).split()
 
     def __init__(self, folder: Path, tokens: Path) -> None:
@@ -190,7 +190,7 @@ class Torchrun:
 
     def wait_for(self, found):
         """What `found()` returns, once it is something."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (value := found()):
             assert self.process.poll() is None and time.monotonic() < deadline, self.spoken.read_text()
             time.sleep(0.002)
@@ -231,7 +231,7 @@ class Torchrun:
 
     def end(self) -> tuple[str, list[tuple[int, float]]]:
         """Hash of the weights, and the losses."""
-        assert self.process.wait(120) == 0, self.spoken.read_text()
+        assert self.process.wait(240) == 0, self.spoken.read_text()
         weights = (self.model / "model.safetensors").read_bytes()
         return hashlib.sha256(weights).hexdigest(), [(entry["step"], entry["loss"]) for entry in self.steps()]
 
