@@ -1,6 +1,7 @@
 """Attention: masks, grouped heads, the tiled version by hand, and the interchangeable inner products."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 
 from llama_edu.config import LlamaConfig
 from llama_edu.model.attention import (
+    BLOCK,
     Attention,
     FlexAttention,
     ManualAttention,
     ScaledDotProduct,
     attention_weights,
+    block_attention,
     causal_mask,
     document_mask,
     mean_pool_heads,
@@ -64,6 +67,52 @@ def test_tiles_of_any_size_give_attention_and_its_gradients(batch, kv, group, se
 def test_manual_backward_passes_gradcheck():
     inputs = [x.requires_grad_() for x in heads(1, 4, 2, 5, 4)]
     assert torch.autograd.gradcheck(lambda *a: ManualAttention.apply(*a, None, 2), inputs)
+
+
+@pytest.mark.parametrize("seq", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 60])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_blocks_give_attention_and_its_gradients(seq, n_kv_heads):
+    inputs = [x.requires_grad_() for x in heads(n_kv_heads=n_kv_heads, seq=seq)]
+    out, expected = block_attention(*inputs), plain(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(out)
+    ours, theirs = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_are_an_operation_that_torch_accepts():
+    inputs = [x.requires_grad_() for x in heads(seq=BLOCK + 5)]
+    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    for qkv in (inputs, views):
+        torch.library.opcheck(torch.ops.llama_edu.block_attention.default, qkv)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_blocks_err_as_little_as_the_fused_kernel(dtype, limit):
+    """bfloat16 has 8 bits: an error of 2**-9 a number, and scores, weights and results are rounded in turn."""
+    inputs = [x.requires_grad_() for x in heads(2, 4, 2, 4 * BLOCK, 64, dtype)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    grad = torch.randn_like(inputs[0])
+    exact = torch.autograd.grad(plain(*wide), wide, grad.double())
+    for manual in (None, False):  # left alone, then PyTorch's kernel
+        with nullcontext() if manual is None else manual_backward(manual):
+            out = ScaledDotProduct()(*inputs)
+        assert out.dtype == dtype
+        assert (out - plain(*wide)).norm() < limit * plain(*wide).norm()
+        for ours, true in zip(torch.autograd.grad(out, inputs, grad), exact):
+            assert (ours - true).norm() < limit * true.norm()
+
+
+def test_blocks_serve_long_causal_sequences_alone():
+    def used(q, k, v, mask=None):
+        out = ScaledDotProduct()(q, k, v, mask)
+        return "block_attention" in type(out.grad_fn).__name__
+
+    long, short = ([x.float().requires_grad_() for x in heads(seq=n)] for n in (BLOCK, BLOCK - 1))
+    assert used(*long) and not used(*short)
+    assert not used(*long, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool).tril())
+    with manual_backward(False):
+        assert not used(*long)
 
 
 def test_log_denominators_are_those_of_softmax():

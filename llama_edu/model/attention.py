@@ -180,13 +180,101 @@ class ManualAttention(torch.autograd.Function):
             grad_k[..., cols, :] += einsum(grad_s, q[..., rows, :], "b n g q k, b n g q d -> b n k d")
         return grad_q.flatten(1, 2).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
+# %% ../../notebooks/22_attention.ipynb #b10c0a02
+BLOCK = 128  # queries a block: enough for fast products, and their weights stay in the processor's cache
+
+
+def _block_weights(q: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """Causal weights of some queries over all keys up to the last of them, the queries of a group below each other.
+
+    Shapes: q (kv, group, seq, d), k (kv, seq, d), batch and key/value heads in one axis -> (kv, group * rows, keys).
+    """
+    part = q[:, :, rows].flatten(1, 2)
+    scores = torch.baddbmm(part.new_zeros(()), part, k[:, : rows.stop].mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    n = rows.stop - rows.start
+    future = torch.full((n, n), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores.view(len(q), -1, n, rows.stop)[..., rows] += future
+    return torch.softmax(scores, -1)
+
+
+def _blocks(seq: int) -> list[slice]:
+    return [slice(first, min(first + BLOCK, seq)) for first in range(0, seq, BLOCK)]
+
+
+def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, seq, d), kv = q.shape, k.shape[1]
+    k, v = (x.reshape(batch * kv, seq, d) for x in (k, v))
+    return q.reshape(batch * kv, heads // kv, seq, d), k, v
+
+
+# An operation of its own is one step for torch.compile and for activation checkpointing, as PyTorch's kernels are.
+@torch.library.custom_op(
+    "llama_edu::block_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
+)
+def block_attention(
+    q: Float[Tensor, "batch heads seq head_dim"],
+    k: Float[Tensor, "batch kv_heads seq head_dim"],
+    v: Float[Tensor, "batch kv_heads seq head_dim"],
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """Causal attention, a block of queries at a time against all keys it may see. Keeps its inputs and nothing else.
+
+    The weights of one block exist at a time: memory grows with the context, not with its square.
+    """
+    (batch, heads, seq, d), kv = q.shape, k.shape[1]
+    out = q.new_empty(batch, seq, kv, heads // kv, d)
+    q, k, v = _by_kv_head(q, k, v)
+    for rows in _blocks(seq):
+        mixed = torch.bmm(_block_weights(q, k, rows), v[:, : rows.stop])
+        out[:, rows] = rearrange(mixed, "(b n) (g q) d -> b q n g d", n=kv, g=heads // kv)
+    return out.flatten(2, 3).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "llama_edu::block_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)",
+)
+def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, seq, d), kv, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
+    grad_q = q.new_empty(batch, seq, kv, heads // kv, d)
+    q, k, v = _by_kv_head(q, k, v)
+    grad = rearrange(grad, "b (n g) q d -> (b n) g q d", n=kv)
+    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+    for rows in _blocks(seq):
+        keys = slice(rows.stop)
+        p = _block_weights(q, k, rows)
+        part, g = q[:, :, rows].flatten(1, 2), grad[:, :, rows].flatten(1, 2)
+        grad_v[:, keys] += torch.bmm(p.mT, g)
+        grad_s = torch._softmax_backward_data(torch.bmm(g, v[:, keys].mT), p, -1, p.dtype)
+        grad_k[:, keys] += torch.bmm(grad_s.mT, part).mul_(scale)
+        mixed = torch.bmm(grad_s, k[:, keys]).mul_(scale)
+        grad_q[:, rows] = rearrange(mixed, "(b n) (g q) d -> b q n g d", n=kv, g=heads // kv)
+    grad_k, grad_v = (rearrange(x, "(b n) k d -> b n k d", n=kv).to(q.dtype, copy=True) for x in (grad_k, grad_v))
+    return grad_q.flatten(2, 3).transpose(1, 2), grad_k, grad_v
+
+
+def _like(q: Tensor) -> Tensor:
+    batch, heads, seq, d = q.shape
+    return q.new_empty(batch, seq, heads, d).transpose(1, 2)
+
+
+block_attention.register_fake(lambda q, k, v: _like(q))
+_block_attention_backward.register_fake(
+    lambda grad, q, k, v: (_like(q), torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape))
+)
+block_attention.register_autograd(
+    lambda ctx, grad: _block_attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
 # %% ../../notebooks/22_attention.ipynb #40f3c31d
 class ScaledDotProduct(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels, or by hand inside `manual_backward()`.
+    """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels, or by `block_attention` where it is faster.
 
     The inner product of attention is a module without parameters, so that it can be exchanged from outside:
     `FlexAttention` and context parallelism do that. `mask` is True where a query may look; None is the causal mask,
     for as many queries as keys, and the quickest. Rows without any True give zeros.
+    `manual_backward()` takes the tiled version by hand, `manual_backward(False)` the fused kernels always.
     """
 
     def forward(
@@ -198,6 +286,9 @@ class ScaledDotProduct(nn.Module):
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         if is_manual():
             return ManualAttention.apply(q, k, v, mask)
+        on_cpu = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+        if is_manual(default=on_cpu and mask is None and q.shape[2] >= BLOCK and type(q) is Tensor):
+            return block_attention(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
