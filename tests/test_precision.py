@@ -1,5 +1,6 @@
 """bfloat16 products beside float32 weights, clipping inside the optimiser's step, and the allocator."""
 
+import subprocess
 import sys
 
 import pytest
@@ -49,6 +50,40 @@ def test_trains_as_autocast_does(options):
         torch.testing.assert_close(theirs, exact, rtol=5e-3, atol=0)
 
 
+@pytest.mark.slow
+def test_trains_the_same_with_compiled_layers():
+    """In a process without the type checker of the tests, which cannot be compiled."""
+    program = """
+import torch
+from llama_edu import LlamaConfig, Transformer
+from llama_edu.data.tokens import Batch
+from llama_edu.training import backward_batch, make_optimizer
+from llama_edu.training.precision import bf16_products
+shape = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=192, vocab_size=128, max_seq_len=128)
+tokens = torch.randint(12, (2, 129)).cumsum(1) % 128
+batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:]))
+losses = []
+for compiled in (False, True):
+    torch.manual_seed(0)
+    model = Transformer(shape)
+    optimizer = make_optimizer(model, 3e-3)
+    bf16_products(model, optimizer)
+    if compiled:
+        for layer in model.layers.values():
+            layer.compile(dynamic=False, fullgraph=True)
+    losses.append([])
+    for step in range(4):
+        losses[-1].append(backward_batch(model, batch, chunk_size=100).item())
+        optimizer.step()
+        optimizer.zero_grad()
+assert losses[0][0] - losses[0][-1] > 0.1, losses
+# A compiler keeps in float32 what the layers round between two operations: equal within bfloat16's 2**-8.
+torch.testing.assert_close(*losses, rtol=2**-8, atol=0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_gradients_are_float32_and_close():
     gradients = []
     for copies in (False, True):
@@ -92,8 +127,8 @@ def test_keeps_half_of_what_float32_keeps_and_less_than_autocast():
         return saved.total
 
     copies = sum(p.numel() for name, p in Transformer(SHAPE).named_parameters() if name.startswith("layers")) * 2
-    assert kept("copies") - copies < 0.6 * kept("float32")
-    assert kept("copies") - copies < 0.8 * (kept("autocast") - copies)
+    assert kept("copies") < 0.6 * kept("float32")
+    assert kept("copies") < 0.8 * (kept("autocast") - copies)  # autocast keeps its copies too; here they are buffers
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])

@@ -411,7 +411,6 @@ def test_two_runs_do_not_share_a_folder(config):
         ({"seq_len": 64}, "seq_len is 64, the model's max_seq_len is 32"),
         ({"batch_size": 5, "accumulate": 2}, "5 does not divide by accumulate 2"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"precision": "bf16_copies", "compile": True}, "does not go with compile"),
         ({"schedule": "sine"}, "schedule is 'sine'"),
         ({"betas": (0.9, 1.0)}, "betas is"),
         ({"min_lr_ratio": 2.0}, "min_lr_ratio is 2.0"),

@@ -48,10 +48,10 @@ class TrainConfig:
         document_mask: tokens attend only inside their document, as in Llama 3 (arXiv 2407.21783, section 3.2).
         precision: "bf16" runs the matrix products in bfloat16 beside float32 weights (torch.autocast); "auto" does so
             where the device has instructions for it; "bf16_copies" keeps bfloat16 copies of the weights and the
-            residual stream in bfloat16, on one device and without compile (see `bf16_products`).
+            residual stream in bfloat16, on one device (see `bf16_products`).
         seed: of weights, data order and every random generator.
         device: "auto" is CUDA where there is one, else the CPU.
-        compile: run the model through torch.compile.
+        compile: run each layer of the model through torch.compile.
         recompute: which activations are computed again in the backward pass instead of kept: "none", "selective",
             "full".
         data_workers: threads that read batches ahead; 0: none. They change no batch.
@@ -137,8 +137,6 @@ class TrainConfig:
         _check("packing", self.packing, self.packing in ("concat", "best-fit"), "concat or best-fit")
         precisions = ("auto", "float32", "bf16", "bf16_copies")
         _check("precision", self.precision, self.precision in precisions, "auto, float32, bf16 or bf16_copies")
-        if self.precision == "bf16_copies" and self.compile:
-            raise UserError("precision bf16_copies does not go with compile: use precision bf16, or leave out compile")
         _check("recompute", self.recompute, self.recompute in ("none", "selective", "full"), "none, selective or full")
         starts = [at for at, _ in self.batch_ramp]
         rising = all(a < b for a, b in zip([0, *starts], starts)) and all(size >= 1 for _, size in self.batch_ramp)

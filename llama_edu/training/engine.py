@@ -20,7 +20,7 @@ from llama_edu.errors import UserError
 from llama_edu.model.transformer import Transformer
 from llama_edu.training.evaluation import evaluate
 from llama_edu.training.loss import backward_batch
-from llama_edu.training.optimizer import make_optimizer
+from llama_edu.training.optimizer import clip_in_step, make_optimizer
 from llama_edu.training.precision import bf16_products
 from llama_edu.training.recompute import recompute
 
@@ -68,7 +68,8 @@ class Engine:
         """
         model = recompute(model.to(self.device(config.device), torch.float32).train(), config.recompute)
         if config.compile:
-            model.compile(dynamic=False)
+            for layer in model.layers.values():  # they share what is compiled; the whole model would take minutes
+                layer.compile(dynamic=False)
         return model
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -107,8 +108,13 @@ class Engine:
             chunk_size=config.loss_chunk or None,
         )
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of `max_norm`. Returns the norm before, the same on all ranks."""
+    def clip(self, model: nn.Module, max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Scale the gradients down to a global norm of `max_norm`. Returns the norm before, the same on all ranks.
+
+        Called before every step of the optimiser, which may do the scaling.
+        """
+        if optimizer.defaults.get("fused"):
+            return clip_in_step(optimizer, max_norm)
         return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def evaluate(

@@ -8,8 +8,6 @@ Weights, their gradients, moments and the loss stay float32; norms and softmax c
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,50 +36,57 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _Linear(nn.Linear):
+    """Its buffer `bf16_weight` is the copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x.to(torch.bfloat16), self.weight, self.bf16_weight)
+
+
+class _Embedding(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).to(torch.bfloat16)
+
+
 class _Copies:
-    """The bfloat16 copies of all weights, each made anew when its weight has changed."""
+    """Keeps the copies equal to the weights."""
 
-    def __init__(self) -> None:
-        self.step = 0
-        self._made: dict[nn.Module, tuple[Tensor, tuple[int, int]]] = {}
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.linears = linears
+        self.versions = [-1] * len(linears)
 
+    @torch.no_grad()
     def after_step(self, *_: object) -> None:
-        """PyTorch counts the changes of a tensor in place, but not those by a fused optimiser."""
-        self.step += 1
+        for linear in self.linears:
+            linear.bf16_weight.copy_(linear.weight)
 
-    def of(self, module: nn.Linear) -> Tensor:
-        weight, (copy, made_at) = module.weight, self._made.get(module, (None, None))
-        now = (self.step, weight._version)
-        if made_at != now:
-            with torch.no_grad():
-                same_place = copy is not None and copy.device == weight.device
-                copy = copy.copy_(weight) if same_place else weight.to(torch.bfloat16)
-            self._made[module] = copy, now
-        return copy
-
-    def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
-        return _Product.apply(x.to(torch.bfloat16), module.weight, self.of(module))
-
-
-def _embed(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-    return F.embedding(tokens, embedding.weight).to(torch.bfloat16)
+    def before_forward(self, *_: object) -> None:
+        """PyTorch counts the changes of a tensor in place, as by loading; but not those by a fused optimiser."""
+        versions = [linear.weight._version for linear in self.linears]
+        if versions != self.versions:
+            self.after_step()
+            self.versions = versions
 
 
 def bf16_products(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """Let a model compute in bfloat16 beside its float32 weights, on one device and without torch.compile.
+    """Let a model compute in bfloat16 beside its float32 weights, on one device.
 
     Names, parameters and the state dict stay as they are; call the model without autocast. The scores come out in
-    float32, as always.
+    float32, as always. The layers may be compiled (`layer.compile()`), the whole model may not: it looks before each
+    forward pass whether weights were changed or loaded.
 
     Args:
         model: a `Transformer` with float32 weights. It is changed, and returned.
-        optimizer: the one that changes the weights; its steps make the copies stale.
+        optimizer: the one that changes the weights; its steps make the copies anew.
     """
-    copies = _Copies()
-    optimizer.register_step_post_hook(copies.after_step)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for linear in linears:
+        linear.__class__ = _Linear
+        linear.register_buffer("bf16_weight", linear.weight.detach().to(torch.bfloat16), persistent=False)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = partial(copies.linear, module)
-        elif isinstance(module, nn.Embedding):
-            module.forward = partial(_embed, module)
+        if isinstance(module, nn.Embedding):
+            module.__class__ = _Embedding
+    copies = _Copies(linears)
+    optimizer.register_step_post_hook(copies.after_step)
+    model.register_forward_pre_hook(copies.before_forward)
     return model
