@@ -63,7 +63,8 @@ class RMSNorm(nn.Module):
         training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if is_manual(default=training and x.device.type == "cpu" and type(x) is Tensor):
             return ManualRMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # PyTorch's kernel takes one dtype for both
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
