@@ -227,7 +227,7 @@ class ParallelEngine(Engine):
                 dist.all_reduce(x, group=self.mesh[axis].get_group())
         return x
 
-    def clip(self, model: nn.Module, max_norm: float) -> Tensor:
+    def clip(self, model: nn.Module, max_norm: float, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
         counted_elsewhere = ()
         if isinstance(model, Pipeline) and model.tied is not None:
             model.add_tied_gradients()

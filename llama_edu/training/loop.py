@@ -224,7 +224,7 @@ class _Run:
         count = engine.total((batch.targets != IGNORE).sum())
         part = engine.backward(self.model, batch, count, config, autocast=self.bf16)
         loss = engine.total(part)
-        norm = engine.clip(self.model, config.clip)
+        norm = engine.clip(self.model, config.clip, self.optimizer)
         loss, norm = torch.stack([loss, norm]).tolist()  # the one time that the host waits for the device
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
