@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..errors import UserError
 
-_KEPT = ("mm", "addmm", "bmm", "_scaled_dot_product", "flex_attention")
+_KEPT = ("mm", "addmm", "bmm", "_scaled_dot_product", "block_attention", "flex_attention")
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
