@@ -1,13 +1,19 @@
-"""Training speed and memory of our model beside `transformers` (eager and SDPA) and `litgpt`, where installed.
+"""Forward and backward passes of our model beside `transformers` (eager and SDPA) and `litgpt`, where installed.
 
-    python benchmarks/model.py                          both sizes, float32 and bfloat16
+    python benchmarks/model.py                          both sizes, float32 and the two kinds of bf16
     python benchmarks/model.py --sizes 15m --dtypes float32 --repeats 3
-    python benchmarks/model.py --compiled               each model under torch.compile as well
+    python benchmarks/model.py --compiled               each model under torch.compile instead
+
+`litgpt` 0.5.13 asks for an older huggingface_hub than `transformers` 5 does, and needs neither the old nor the new one
+here: `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`.
 
 All models of one size and precision are built from the same shape and measured in turns, in one process for speed and
-in one process each for memory, so that they meet the same machine. Printed: the median of the tokens a second, the
-ratio to the best peer (the median over the rounds of the ratio within each round), and the peak of resident memory.
-bfloat16 is autocast over float32 weights, as in training on one machine.
+in one process each for memory, so that they meet the same machine. "forward" gives float32 scores of all tokens,
+without gradients; "forward+backward" is the gradient of each project's own loss on the same tokens. Printed: the median
+of the tokens a second, the ratio to the best peer (the median over the rounds of the ratio within each round), and the
+peak of resident memory. "autocast" is bfloat16 products over float32 weights, as in training; "ours, bf16 stream" keeps
+copies of the weights for them and a bfloat16 residual stream (`llama_edu.training.precision`). "bfloat16" has weights
+and everything else in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,38 +29,49 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_edu import LlamaConfig, Transformer
+from llama_edu.training import next_token_loss
+from llama_edu.training.loss import CHUNK
+from llama_edu.training.precision import bf16_products
 
 SHAPES = {
     "15m": {"dim": 288, "n_layers": 6, "n_heads": 6, "ffn_dim": 768, "tie_embeddings": True},
     "110m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "tie_embeddings": True},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Logits = Callable[[Tensor], Tensor]
+DTYPES = ("float32", "autocast", "bfloat16")
+Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # model, scores, loss
 
 
-def ours(cfg: LlamaConfig) -> tuple[nn.Module, Logits]:
+def ours(cfg: LlamaConfig) -> Parts:
     model = Transformer(cfg)
-    return model, lambda tokens: model(tokens)
+    loss = lambda x, y: next_token_loss(model, x, y, chunk_size=CHUNK) / y.numel()
+    return model, model, loss
 
 
-def hugging_face(implementation: str) -> Callable[[LlamaConfig], tuple[nn.Module, Logits]]:
-    def build(cfg: LlamaConfig) -> tuple[nn.Module, Logits]:
+def ours_bf16_stream(cfg: LlamaConfig) -> Parts:
+    parts = ours(cfg)
+    bf16_products(parts[0], torch.optim.SGD(parts[0].parameters()))
+    return parts
+
+
+def hugging_face(implementation: str) -> Callable[[LlamaConfig], Parts]:
+    def build(cfg: LlamaConfig) -> Parts:
         from transformers import LlamaConfig as HFConfig
         from transformers import LlamaForCausalLM
 
         settings = {k: v for k, v in cfg.to_hf().items() if k not in ("architectures", "model_type")}
-        model = LlamaForCausalLM(HFConfig(**settings, attn_implementation=implementation))
-        return model, lambda tokens: model(tokens, use_cache=False).logits
+        model = LlamaForCausalLM(HFConfig(**settings, attn_implementation=implementation)).train()
+        scores = lambda x: model(x, use_cache=False).logits
+        return model, scores, lambda x, y: model(x, labels=y, shift_labels=y, use_cache=False).loss
 
     return build
 
 
-def litgpt(cfg: LlamaConfig) -> tuple[nn.Module, Logits]:
+def litgpt(cfg: LlamaConfig) -> Parts:
     from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
 
     model = GPT(
         Config(
@@ -78,11 +95,12 @@ def litgpt(cfg: LlamaConfig) -> tuple[nn.Module, Logits]:
     )
     if cfg.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
-    return model, lambda tokens: model(tokens)
+    return model, model, lambda x, y: chunked_cross_entropy(model(x), y, chunk_size=0)
 
 
 BUILDERS = {
     "ours": ours,
+    "ours, bf16 stream": ours_bf16_stream,
     "transformers sdpa": hugging_face("sdpa"),
     "transformers eager": hugging_face("eager"),
     "litgpt": litgpt,
@@ -92,30 +110,34 @@ BUILDERS = {
 def installed(name: str) -> bool:
     from importlib.util import find_spec
 
-    return name == "ours" or find_spec(name.split()[0]) is not None
+    return name.startswith("ours") or find_spec(name.split()[0]) is not None
 
 
 def make_step(name: str, args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> dict[str, Callable]:
     torch.manual_seed(0)
     cfg = LlamaConfig(**SHAPES[size], vocab_size=args.vocab, max_seq_len=max(1024, args.seq))
-    model, logits = BUILDERS[name](cfg)
-    if compiled:
-        logits = torch.compile(logits)
-    tokens = torch.randint(0, args.vocab, (args.batch, args.seq))
-    targets = tokens.roll(-1, 1).flatten()
-
-    def loss() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            z = logits(tokens)
-        return F.cross_entropy(z.float().flatten(0, 1), targets)
+    model, scores, own_loss = BUILDERS[name](cfg)
+    if compiled:  # in the way each project does it: ours a layer at a time, under a loss that is not compiled
+        if name.startswith("ours"):
+            for layer in model.layers.values():
+                layer.compile(dynamic=False)
+        else:
+            scores, own_loss = torch.compile(scores), torch.compile(own_loss)
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+    tokens = torch.randint(0, args.vocab, (args.batch, args.seq + 1))
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    autocast = dtype == "autocast" and name != "ours, bf16 stream"
 
     def forward() -> None:
-        with torch.no_grad():
-            loss()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            scores(x).float()
 
     def forward_backward() -> None:
         model.zero_grad(set_to_none=True)
-        loss().backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = own_loss(x, y)
+        loss.backward()
 
     return {"forward": forward, "forward+backward": forward_backward}
 
@@ -146,7 +168,7 @@ def own_peak(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> None:
-    names = [name for name in BUILDERS if installed(name)]
+    names = [name for name in BUILDERS if installed(name) and (dtype == "autocast" or name != "ours, bf16 stream")]
     steps = {name: make_step(name, args, size, dtype, compiled) for name in names}
     memory = {name: peak_mib(name, args, size, dtype, compiled) for name in names} if args.memory else {}
     print(f"\n{size}, {dtype}, {'compiled' if compiled else 'eager'}, {args.batch} x {args.seq} tokens")
@@ -158,7 +180,7 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
                 steps[name][work]()
                 if round_:  # the first round warms up
                     seconds[name].append(time.perf_counter() - start)
-        peers = [name for name in names if name != "ours"]
+        peers = [name for name in names if not name.startswith("ours")]
         for name in names:
             speed = args.batch * args.seq / statistics.median(seconds[name])
             line = f"  {work:17} {name:19} {speed:9.0f} tokens/s"
@@ -167,8 +189,9 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
             print(line)
         if peers:
             best = min(peers, key=lambda name: statistics.median(seconds[name]))
-            ratio = statistics.median(theirs / mine for mine, theirs in zip(seconds["ours"], seconds[best]))
-            print(f"  {work:17} ours / {best}: {ratio:.2f} times as fast")
+            for name in names[: len(names) - len(peers)]:
+                ratio = statistics.median(theirs / mine for mine, theirs in zip(seconds[name], seconds[best]))
+                print(f"  {work:17} {name} / {best}: {ratio:.2f} times as fast", flush=True)
 
 
 def main() -> None:
@@ -179,7 +202,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds; the median is reported")
-    parser.add_argument("--compiled", action="store_true", help="measure under torch.compile too")
+    parser.add_argument("--compiled", action="store_true", help="measure under torch.compile")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the processes for peak memory")
     parser.add_argument("--memory-of", choices=BUILDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -189,8 +212,7 @@ def main() -> None:
     print("compared:", ", ".join(name for name in BUILDERS if installed(name)))
     for size in args.sizes:
         for dtype in args.dtypes:
-            for compiled in (False, True) if args.compiled else (False,):
-                compare(args, size, dtype, compiled)
+            compare(args, size, dtype, args.compiled)
 
 
 if __name__ == "__main__":

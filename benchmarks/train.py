@@ -11,8 +11,10 @@ contestant has a process of its own, in which its memory is measured; the proces
 same machine, and a ratio is the median over the rounds of the ratio within each round. On a busy machine, compare with
 `OMP_NUM_THREADS=1 python benchmarks/train.py --clock cpu`.
 
-Ours computes the loss in chunks, clips inside the optimiser's step, and lets the allocator keep what is freed. "ours,
-bf16" has bfloat16 products beside float32 weights (`llama_edu.training.precision`); plain "ours" is autocast then.
+Ours computes the loss in chunks, clips inside the optimiser's step, and lets the allocator keep what is freed, as
+`llama-edu train --loss-chunk 512` does; --keep-freed gives the allocator of the others the same order. "ours, bf16" has
+bfloat16 products beside float32 weights and a bfloat16 residual stream (`--precision bf16_copies`); plain "ours" is
+autocast then. Compiled means a layer at a time for ours, the whole model for the others.
 
 "moved" counts the bytes that a step reads and writes outside of matrix products and attention. It is the same on every
 machine, busy or not, and is what is left of the time where products are quick. A processor without instructions for
@@ -114,7 +116,8 @@ def make_step(name: str, cfg: LlamaConfig, batch: int, seq: int, dtype: str, com
             bf16_products(model, model.optimizer)
             autocast = False
         if compiled:
-            model.compile(dynamic=False)
+            for layer in model.layers.values():
+                layer.compile(dynamic=False)
         return partial(our_step, model, Batch(x, y, torch.zeros_like(x)), autocast)
     if name == "transformers":
         from transformers import LlamaConfig as HFConfig
@@ -168,6 +171,8 @@ def flat(values) -> list:
 def worker(args: argparse.Namespace) -> None:
     """One contestant: a step for every line on standard input."""
     cfg = LlamaConfig(**SHAPES[args.sizes[0]], vocab_size=args.vocab, max_seq_len=max(1024, args.seq))
+    if args.keep_freed:
+        keep_freed_memory()
     start = resident_mib(peak=False)
     step = make_step(args.worker, cfg, args.batch, args.seq, args.dtypes[0], args.compiled)
     for line in sys.stdin:
@@ -190,6 +195,7 @@ class Contestant:
         command += ["--batch", str(args.batch), "--seq", str(args.seq), "--vocab", str(args.vocab)]
         command += ["--clock", args.clock]
         command += ["--compiled"] if compiled else []
+        command += ["--keep-freed"] if args.keep_freed else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -215,7 +221,7 @@ class Contestant:
 
 def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> None:
     cfg = LlamaConfig(**SHAPES[size], vocab_size=args.vocab, max_seq_len=max(1024, args.seq))
-    names = [n for n in CONTESTANTS if not (n.endswith("bf16") and (dtype == "float32" or compiled))]
+    names = [n for n in CONTESTANTS if not (n.endswith("bf16") and dtype == "float32")]
     names = [n for n in names if n.startswith(("ours", "nanogpt")) or installed(n)]
     field = [Contestant(name, args, size, dtype, compiled) for name in names]
     try:
@@ -244,10 +250,38 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
 def profile(args: argparse.Namespace) -> None:
     cfg = LlamaConfig(**SHAPES[args.sizes[0]], vocab_size=args.vocab, max_seq_len=max(1024, args.seq))
     step = make_step(args.profile, cfg, args.batch, args.seq, args.dtypes[0], args.compiled)
-    step()
+    for _ in range(2):
+        step()
     with torch.profiler.profile() as record:
         step()
     print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
+    print("| part | ms | share |\n|---|---|---|")
+    parts = time_by_part(record)
+    for part, ms in parts.items():
+        print(f"| {part} | {ms:.0f} | {ms / sum(parts.values()):.0%} |")
+
+
+# The first part whose words stand in the name of an operation, or of one that it is called by, gets its time.
+PARTS = {
+    "attention": ("dot_product", "block_attention", "ScaledDotProduct"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn"),
+    "optimiser and clipping": ("Optimizer", "foreach_norm", "linalg_vector_norm", "clip"),
+    "loss": ("CrossEntropy", "softmax", "nll_loss", "cross_entropy"),
+    "norms": ("RMSNorm", "rms_norm", "layer_norm"),
+}
+
+
+def time_by_part(record: torch.profiler.profile) -> dict[str, float]:
+    """Milliseconds of a profile by part; what the words of PARTS do not name is "the rest"."""
+    parts = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in record.events():
+        names, above = [event.name], event.cpu_parent
+        while above is not None:
+            names.append(above.name)
+            above = above.cpu_parent
+        called = [part for part, words in PARTS.items() if any(word in name for name in names for word in words)]
+        parts[called[0] if called else "the rest"] += event.self_cpu_time_total / 1e3
+    return parts
 
 
 def gpu(args: argparse.Namespace) -> None:
@@ -288,6 +322,7 @@ def main() -> None:
         "--emulated", action="store_true", help="bf16 at 110M even where it is emulated (minutes a step)"
     )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of this process alone")
+    parser.add_argument("--keep-freed", action="store_true", help="let every contestant's allocator keep what is freed")
     parser.add_argument("--profile", choices=CONTESTANTS, help="print where one contestant's time goes, and stop")
     parser.add_argument("--gpu", action="store_true", help="measure ours on a GPU, and stop")
     parser.add_argument("--gpu-batch", type=int, default=2, help="sequences of 8192 a step on the GPU")
