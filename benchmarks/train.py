@@ -1,7 +1,7 @@
 """Training steps beside `transformers`, `litgpt` and a nanoGPT-style loop: tokens a second, memory, MFU.
 
     python benchmarks/train.py                                  15M and 110M, float32 and bf16, eager
-    python benchmarks/train.py --compiled                       under torch.compile as well
+    python benchmarks/train.py --compiled                       under torch.compile instead
     python benchmarks/train.py --sizes 15m --dtypes float32 --repeats 3
     python benchmarks/train.py --profile "ours" --sizes 15m     where the time of one contestant goes
     python benchmarks/train.py --gpu                            1B, bf16, one sequence of 8192, compiled, on a GPU
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=3, help="measured rounds; the median is reported")
-    parser.add_argument("--compiled", action="store_true", help="measure under torch.compile too")
+    parser.add_argument("--compiled", action="store_true", help="measure under torch.compile")
     parser.add_argument(
         "--emulated", action="store_true", help="bf16 at 110M even where it is emulated (minutes a step)"
     )
@@ -343,8 +343,7 @@ def main() -> None:
             if dtype == "bf16" and emulated and size != "15m" and not args.emulated:
                 print(f"\n{size}, bf16: left out, this processor only emulates it; --emulated measures it all the same")
                 continue
-            for compiled in (False, True) if args.compiled else (False,):
-                compare(args, size, dtype, compiled)
+            compare(args, size, dtype, args.compiled)
 
 
 if __name__ == "__main__":
