@@ -68,7 +68,7 @@ class Engine:
         """
         model = recompute(model.to(self.device(config.device), torch.float32).train(), config.recompute)
         if config.compile:
-            for layer in model.layers.values():  # they share what is compiled; the whole model would take minutes
+            for layer in model.layers.values():  # compiled once, and shared by all of them
                 layer.compile(dynamic=False)
         return model
 
