@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_edu.config import LlamaConfig
 from llama_edu.model.attention import (
@@ -80,11 +81,21 @@ def test_blocks_give_attention_and_its_gradients(seq, n_kv_heads):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_blocks_are_an_operation_that_torch_accepts():
-    inputs = [x.requires_grad_() for x in heads(seq=BLOCK + 5)]
-    views = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
-    for qkv in (inputs, views):
-        torch.library.opcheck(torch.ops.llama_edu.block_attention.default, qkv)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_blocks_are_an_operation_that_a_compiler_may_trust(batch, n_kv_heads):
+    """It plans with shapes and strides that it is told; heads beside each other in memory are what attention hands in."""
+    ops, mode = torch.ops.llama_edu, FakeTensorMode()
+    apart = heads(batch, n_kv_heads=n_kv_heads, seq=BLOCK + 5)
+    beside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in apart]
+    for q, k, v in (apart, beside):
+        torch.library.opcheck(ops.block_attention.default, [x.clone().requires_grad_() for x in (q, k, v)])
+        told = [mode.from_tensor(x) for x in (q, k, v)]
+        with mode:
+            forward, backward = ops.block_attention(*told), ops.block_attention_backward(told[0], *told)
+        assert ops.block_attention(q, k, v).stride() == forward.stride()
+        for real, fake in zip(ops.block_attention_backward(q, q, k, v), backward):
+            assert (real.shape, real.stride()) == (fake.shape, fake.stride())
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

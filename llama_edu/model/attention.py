@@ -239,7 +239,7 @@ def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> 
     grad_q = q.new_empty(batch, seq, kv, heads // kv, d)
     q, k, v = _by_kv_head(q, k, v)
     grad = rearrange(grad, "b (n g) q d -> (b n) g q d", n=kv)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     for rows in _blocks(seq):
         keys = slice(rows.stop)
         p = _block_weights(q, k, rows)
