@@ -84,7 +84,7 @@ def test_blocks_give_attention_and_its_gradients(seq, n_kv_heads):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_blocks_are_an_operation_that_a_compiler_may_trust(batch, n_kv_heads):
-    """It plans with shapes and strides that it is told; heads beside each other in memory are what attention hands in."""
+    """It plans with the strides that it is told. Attention hands in heads that lie beside each other in memory."""
     ops, mode = torch.ops.llama_edu, FakeTensorMode()
     apart = heads(batch, n_kv_heads=n_kv_heads, seq=BLOCK + 5)
     beside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in apart]
