@@ -42,6 +42,11 @@ class _Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x.to(torch.bfloat16), self.weight, self.bf16_weight)
 
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)  # .to(dtype) means the weight
+        self.bf16_weight = self.bf16_weight.to(torch.bfloat16)
+        return self
+
 
 class _Embedding(nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
@@ -59,13 +64,12 @@ class _Copies:
     def after_step(self, *_: object) -> None:
         for linear in self.linears:
             linear.bf16_weight.copy_(linear.weight)
+        self.versions = [linear.weight._version for linear in self.linears]
 
     def before_forward(self, *_: object) -> None:
         """PyTorch counts the changes of a tensor in place, as by loading; but not those by a fused optimiser."""
-        versions = [linear.weight._version for linear in self.linears]
-        if versions != self.versions:
+        if self.versions != [linear.weight._version for linear in self.linears]:
             self.after_step()
-            self.versions = versions
 
 
 def bf16_products(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
@@ -83,10 +87,11 @@ def bf16_products(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Modu
     for linear in linears:
         linear.__class__ = _Linear
         linear.register_buffer("bf16_weight", linear.weight.detach().to(torch.bfloat16), persistent=False)
+    copies = _Copies(linears)
+    optimizer.register_step_post_hook(copies.after_step)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.__class__ = _Embedding
-    copies = _Copies(linears)
-    optimizer.register_step_post_hook(copies.after_step)
-    model.register_forward_pre_hook(copies.before_forward)
+            # Not a hook of the model: `Transformer.hidden`, which generation calls, has none.
+            module.register_forward_pre_hook(copies.before_forward)
     return model
