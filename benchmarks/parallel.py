@@ -122,7 +122,7 @@ def step_seconds(args: argparse.Namespace, plan: ParallelPlan | None, fake: bool
         with waiting() as spent:
             started = time.perf_counter()
             engine.backward(model, batch, targets, config, autocast=config.precision == "bf16")
-            engine.clip(model, 1.0)
+            engine.clip(model, 1.0, optimizer)
             optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()

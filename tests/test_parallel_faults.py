@@ -188,6 +188,14 @@ class Torchrun:
         with open(self.spoken, "w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
+    def close(self):
+        """End the launcher, which ends its ranks; killed, it would leave them behind."""
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
     def wait_for(self, found):
         """What `found()` returns, once it is something."""
         deadline = time.monotonic() + 240
@@ -261,7 +269,7 @@ def test_torchrun_goes_on_after_every_fault(tmp_path):
         job.trains(4)
         struck = job.end()
     finally:
-        job.process.kill()
+        job.close()
     told = [line for line in job.spoken.read_text().splitlines() if line.startswith("llama-edu: ")]
     assert len(told) == 4, told
     assert "rank 1: was killed without a word" in told[0]

@@ -28,7 +28,7 @@ from llama_edu.parallel.resilience import attempt_store, limit_waiting
 from llama_edu.parallel.tp import parallel_cross_entropy
 from llama_edu.parallel.weights import allocate, draw_weights, read_weights
 from llama_edu.training.config import TrainConfig
-from llama_edu.training.engine import Engine
+from llama_edu.training.engine import Engine, agreed
 from llama_edu.training.optimizer import make_optimizer
 from llama_edu.training.utilisation import has_bf16
 
@@ -130,7 +130,8 @@ class ParallelEngine(Engine):
             if self.weights is None:
                 draw_weights(divided, model.cfg)
             else:
-                read_weights(divided, model.cfg, self.weights)
+                with agreed(self):  # the disk of one host may fail
+                    read_weights(divided, model.cfg, self.weights)
         limit_waiting(self.timeout)  # the groups of the mesh are all there now
         return divided
 
@@ -227,7 +228,7 @@ class ParallelEngine(Engine):
                 dist.all_reduce(x, group=self.mesh[axis].get_group())
         return x
 
-    def clip(self, model: nn.Module, max_norm: float, optimizer: torch.optim.Optimizer | None = None) -> Tensor:
+    def clip(self, model: nn.Module, max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
         counted_elsewhere = ()
         if isinstance(model, Pipeline) and model.tied is not None:
             model.add_tied_gradients()
