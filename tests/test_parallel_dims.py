@@ -24,6 +24,7 @@ MODEL = LlamaConfig(dim=64, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=96, voc
         ({"pp": 2, "virtual_stages": 2}, "the schedule interleaved or zero-bubble"),
         ({"pp": 2, "layers": (1, 2, 1)}, "names 3 stages, pp . virtual_stages makes 2"),
         ({"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "micro_batches": 3}, "does not divide by pp 2"),
+        ({"pp": 4, "micro_batches": 2}, "micro_batches is 2; the schedule 1f1b needs at least pp 4"),
         ({"contiguous": -1}, "contiguous is -1; it must be at least 0"),
         ({"pp": 2, "contiguous": 2}, r"the schedule interleaved \(here 1f1b\)"),
         (
@@ -46,6 +47,7 @@ def test_a_plan_that_cannot_be_is_refused(fields, words):
         ({"tp": 2}, {"vocab_size": 101}, "or a vocabulary of 102"),
         ({"pp": 8}, {}, "4 layers do not fill 8 pipeline stages"),
         ({"pp": 2, "layers": (2, 3)}, {}, "have the sum 5; the model has 4"),
+        ({"pp": 3, "layers": (2, 0, 2)}, {}, "leave rank 1 of the 3 of the pipeline without any"),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused(fields, changes, words):

@@ -26,7 +26,8 @@ CONFIG = TrainConfig(
     precision="float32",
     device="cpu",
 )
-PLANS = [P(tp=2, dp=2), P(dp=3), P(pp=3, layers=(2, 0, 2)), P(dp=2, tp=2, pp=2)]
+EMPTY_STAGE = P(pp=2, schedule="interleaved", virtual_stages=2, layers=(2, 0, 0, 2))
+PLANS = [P(tp=2, dp=2), P(dp=3), EMPTY_STAGE, P(dp=2, tp=2, pp=2)]
 
 
 def _fresh(plan, models):
@@ -44,7 +45,7 @@ def _fresh(plan, models):
     return found
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=["tp2dp2", "dp3", "pp3", "dp2tp2pp2"])
+@pytest.mark.parametrize("plan", PLANS, ids=["tp2dp2", "dp3", "pp2", "dp2tp2pp2"])
 def test_fresh_weights_are_those_of_one_process(plan):
     models = [LlamaConfig(**{**SMALL.to_dict(), "tie_embeddings": tied}) for tied in (False, True)]
     ranks = run_ranks(_fresh, plan.world_size, plan, models)
@@ -85,6 +86,8 @@ def test_pretrained_weights_are_read_in_parts(tmp_path):
                 assert torch.equal(state[name], tensor), name
     with pytest.raises(RankError, match=r"tok_embeddings.weight is \(96, 40\) in .* and \(98, 40\) in the config"):
         run_ranks(_pretrained, 2, P(dp=2), folders[:1], [replace(tied, vocab_size=98)])
+    with pytest.raises(RankError, match=r"rope_theta is 500000.0 in .* and 10000.0 in the configuration"):
+        run_ranks(_pretrained, 2, P(dp=2), folders[:1], [replace(tied, rope_theta=1e4)])
 
 
 def _memory(name):

@@ -75,6 +75,11 @@ class ParallelPlan:
             )
         if self.layers and len(self.layers) != self.stages:
             raise UserError(f"layers names {len(self.layers)} stages, pp * virtual_stages makes {self.stages}")
+        if self.pp > 1 and self.schedule in ("gpipe", "1f1b") and self.n_micro_batches < self.pp:
+            raise UserError(
+                f"micro_batches is {self.micro_batches}; the schedule {self.schedule} needs at least pp {self.pp}: "
+                "raise it, or take a smaller pp"
+            )
         if self.contiguous and (self.schedule != "interleaved" or self.pp == 1):
             raise UserError(
                 f"contiguous is {self.contiguous}, which needs pp of at least 2 (here {self.pp}) and the schedule "
@@ -146,6 +151,13 @@ class ParallelPlan:
                 raise UserError(f"{cfg.n_layers} layers do not fill {self.stages} pipeline stages: take a smaller pp")
             if sum(self.layers or (cfg.n_layers,)) != cfg.n_layers or min(self.layers or (0,)) < 0:
                 raise UserError(f"layers {self.layers} have the sum {sum(self.layers)}; the model has {cfg.n_layers}")
+            layers = self.stage_layers(cfg.n_layers)
+            for rank in range(1, self.pp - 1):
+                if not any(layers[rank :: self.pp]):
+                    raise UserError(
+                        f"layers {layers} leave rank {rank} of the {self.pp} of the pipeline without any: give it one, "
+                        "or take a smaller pp"
+                    )
 
     def check_sequence(self, seq_len: int) -> None:
         """Raise UserError where a sequence cannot be divided so."""

@@ -42,7 +42,7 @@ def draw_weights(model: nn.Module, cfg: LlamaConfig) -> None:
     """Fill this rank's part with the numbers that `Transformer(cfg)` would have on the CPU, to the last bit.
 
     Every rank draws everything, in the order of one process and from its global generator, and keeps its part; beside
-    that, it holds one layer at most. The generator is left where one process leaves it.
+    that, it holds a layer or two parameters at most. The generator is left where one process leaves it.
 
     Args:
         model: divided, with memory (`allocate`).
@@ -65,7 +65,7 @@ def read_weights(model: nn.Module, cfg: LlamaConfig, path: str | Path) -> None:
         model: divided, with memory (`allocate`).
 
     Raises:
-        UserError: the folder is no model, is damaged, or has a model of another shape.
+        UserError: the folder is no model, is damaged, or has another model than the configuration.
     """
     found, tensors = read_pretrained(path)
     theirs, ours = (dict(tensor_shapes(c)) for c in (found, cfg))
@@ -75,6 +75,12 @@ def read_weights(model: nn.Module, cfg: LlamaConfig, path: str | Path) -> None:
             f"{name} is {theirs.get(name, 'absent')} in {path} and {ours.get(name, 'absent')} in the configuration: "
             "give that of the folder"
         )
+    for name in ("n_heads", "n_kv_heads", "head_dim", "rope_theta", "rope_scaling", "norm_eps"):
+        if getattr(found, name) != getattr(cfg, name):
+            raise UserError(
+                f"{name} is {getattr(found, name)} in {path} and {getattr(cfg, name)} in the configuration: give that "
+                "of the folder"
+            )
     own = _own_parameters(model, cfg)
     for name, whole in tensors:
         if name in own:
@@ -90,7 +96,7 @@ def _own_parameters(model: nn.Module, cfg: LlamaConfig) -> dict[str, Tensor]:
 
 
 class _OneByOne:
-    """What `Transformer.init_weights` sees of a model: each parameter in its turn, gone when the next one comes."""
+    """What `Transformer.init_weights` sees of a model: each parameter in its turn, at most two at a time."""
 
     def __init__(self, cfg: LlamaConfig, take: Callable[[str, Tensor], None]) -> None:
         self.cfg, self._take = cfg, take
@@ -102,3 +108,4 @@ class _OneByOne:
             drawn = torch.empty(shape)
             yield name, drawn
             self._take(name, drawn)  # filled by now
+            del drawn
