@@ -543,7 +543,7 @@ def report(
         cells = [f"{median(name, 'decode'):.1f}", f"{ratio(name, 'decode'):.2f}" if "ours" in names else "-"]
         cells += [f"{median(name, 'prefill'):.0f}", f"{ratio(name, 'prefill'):.2f}" if "ours" in names else "-"]
         print(f"| {name} | {' | '.join(cells)} | {median(name, 'peak'):.0f} |")
-    for name, read in sizes.items():
+    for name, read in ((n, sizes[n]) for n in names if n in sizes):
         rate = statistics.median(r["memory"]["rate"] for r in rounds)
         share = statistics.median(r[name]["decode"] / batch * read / r["memory"]["rate"] for r in rounds)
         print(

@@ -196,8 +196,8 @@ _one, _one_by_four, _four_by_four = _product(1, 1), _product(1, 4), _product(4, 
 
 def _has_dots() -> bool:
     """Whether machine code is made for this processor, and it has AVX-512's dot product of bfloat16."""
-    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
-    return own and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
+    return bool(own) and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
 @intrinsic
