@@ -46,7 +46,9 @@ Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
 
 def ours(cfg: LlamaConfig) -> Parts:
     model = Transformer(cfg)
-    loss = lambda x, y: next_token_loss(model, x, y, chunk_size=CHUNK) / y.numel()
+    # It sets autocast itself, on or off.
+    options = lambda: {"chunk_size": CHUNK, "autocast": torch.is_autocast_enabled("cpu")}
+    loss = lambda x, y: next_token_loss(model, x, y, **options()) / y.numel()
     return model, model, loss
 
 
