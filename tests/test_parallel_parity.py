@@ -272,7 +272,10 @@ def test_bfloat16_beside_float32_sums(world_size):
             assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
 
 
-COMPILED = [(P(dp=2), CONFIG), (P(cp=2), CONFIG), (P(pp=2), CONFIG), (P(tp=2), LOSS), (P(dp=2, tp=2), few(1))]
+COMPILED = [
+    *[(P(dp=2), CONFIG), (P(cp=2), CONFIG), (P(pp=2), CONFIG), (P(tp=2), LOSS)],
+    *[(P(dp=2, tp=2), few(1)), (P(cp=2, tp=2), CONFIG), (P(tp=2, pp=2), LOSS)],
+]
 
 
 @pytest.mark.slow
