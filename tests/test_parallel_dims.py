@@ -1,10 +1,12 @@
 """Plans and meshes: what is refused, in which sentence; and ranks forked from this process."""
 
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from llama_edu import LlamaConfig
 from llama_edu.errors import UserError
@@ -140,3 +142,26 @@ def test_a_rank_that_fails_ends_all_and_is_named(how, words):
         run_ranks(_fail, 3, how, timeout=2 if how == "hang" else 60)
     assert caught.value.rank == 1
     assert time.monotonic() - started < 30
+
+
+def test_a_rank_needs_no_lock_that_a_thread_of_its_parents_held():
+    """The lock of tqdm belongs to all forks: a bar in a rank would wait for whoever had it at the fork."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with tqdm.get_lock():
+            held.set()
+            done.wait()
+
+    def train():
+        with tqdm(total=1, disable=True) as bar:
+            return bar.n
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        assert run_ranks(train, 2, timeout=20) == [0, 0]
+    finally:
+        done.set()
+        thread.join()

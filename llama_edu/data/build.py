@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -63,28 +63,32 @@ def write_shards(
         UserError: the folder holds something else, the documents or the tokenizer have changed, the disk is full, a
             worker died, or there is no text. What is whole stays.
     """
-    from tqdm import tqdm
-
     if shard_bytes < 1:
         raise UserError(f"shard_bytes is {shard_bytes}; it must be 1 or larger")
     if workers is not None and workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or larger")
     out = Path(out_dir).expanduser()
     settings = {"version": VERSION, "shard_bytes": shard_bytes, "tokenizer_sha256": tokenizer_hash(tokenizer)}
-    bar = tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None if progress else True)
+    bar: Any = nullcontext()
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None)
     with _claimed(out, settings), _Team(tokenizer, _usual(tokenizer) if workers is None else workers) as team, bar:
         names, pending = [], deque()
 
         def finish() -> None:
-            bar.update(pending.popleft().result())
+            size = pending.popleft().result()
+            if progress:
+                bar.update(size)
 
         for number, texts in enumerate(_groups(documents, shard_bytes)):
             folder, digest, size = out / f"shard-{number:05d}", _digest(texts), sum(map(n_bytes, texts))
             names.append(folder.name)
             if _is_whole(folder, digest):
-                if not bar.disable:
+                if progress and not bar.disable:
                     bar.initial += size  # what was there does not count for the speed
-                bar.update(size)
+                    bar.update(size)
                 continue
             _check_space(out, texts, size, tokenizer.n_vocab)
             hashes = {"tokenizer_sha256": settings["tokenizer_sha256"], "text_sha256": digest}

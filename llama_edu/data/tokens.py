@@ -12,6 +12,7 @@ import shutil
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,11 +151,13 @@ def _groups(documents: Iterable[str], characters: int = 1 << 18) -> Iterator[lis
 def _write_shard(
     documents: Iterable[str], tokenizer: Any, folder: Path, progress: bool, extra: dict[str, Any] | None = None
 ) -> None:
-    from tqdm import tqdm
-
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     bounds, total, digest = array("q", [0]), 0, hashlib.sha256()
-    bar = tqdm(desc="encoding", unit="B", unit_scale=True, disable=None if progress else True)
+    bar: Any = nullcontext()  # not a silent bar: that takes a lock of many processes, and one killed here would keep it
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(desc="encoding", unit="B", unit_scale=True, disable=None)
     with open(folder / "tokens.bin", "wb", buffering=_FLUSH_BYTES) as file, bar:
         for size, ids in encoded(documents, tokenizer):
             ids = ids.astype(dtype)
@@ -162,7 +165,8 @@ def _write_shard(
             digest.update(ids.data)
             bounds.append(bounds[-1] + len(ids))
             total += size
-            bar.update(size)
+            if progress:
+                bar.update(size)
         _sync(file)
     if not total:
         raise UserError("there is no text to encode: no document holds a character")

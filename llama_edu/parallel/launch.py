@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from tqdm import tqdm
 
 from llama_edu.errors import UserError
 
@@ -86,6 +88,7 @@ def _live(fn: Callable, args: tuple, rank: int, world_size: int, folder: Path, t
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)  # the threads of the parent's pool do not live in a fork
+        tqdm.set_lock(threading.RLock())  # the old one is every fork's: a killed rank or a thread may have it
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         printed = io.StringIO()
         try:
