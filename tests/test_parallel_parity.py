@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from llama_edu import LlamaConfig, Transformer
 from llama_edu.data import Batch
-from llama_edu.parallel import ParallelEngine, ParallelPlan, run_ranks
+from llama_edu.parallel import ParallelEngine, ParallelPlan, build_mesh, parallelize, run_ranks
 from llama_edu.parallel.compat import quiet_gathers
 from llama_edu.training import TrainConfig, make_optimizer
 
@@ -274,8 +274,25 @@ def test_bfloat16_beside_float32_sums(world_size):
 
 COMPILED = [
     *[(P(dp=2), CONFIG), (P(cp=2), CONFIG), (P(pp=2), CONFIG), (P(tp=2), LOSS)],
-    *[(P(dp=2, tp=2), few(1)), (P(cp=2, tp=2), CONFIG), (P(tp=2, pp=2), LOSS)],
+    (P(dp=2, tp=2), replace(few(1), recompute="full")),
+    (P(cp=2, tp=2), replace(CONFIG, recompute="selective")),
+    (P(tp=2, pp=2), LOSS),
 ]
+
+
+def kept(recompute):
+    """Bytes that one of two tensor-parallel ranks keeps for the backward pass."""
+    plan, sizes = P(tp=2), {}
+    model = parallelize(Transformer(MODEL), build_mesh(plan), plan, recompute=recompute, compile=True)
+
+    def see(x):
+        if not isinstance(x, torch.nn.Parameter):
+            sizes[id(x)] = (x.nbytes, x)  # held, so that no other gets its id
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
+        model(batch().tokens)
+    return sum(size for size, _ in sizes.values())
 
 
 @pytest.mark.slow
@@ -284,10 +301,14 @@ def test_compiled_layers_give_the_same():
     code = (
         "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
         "for plan, config in t.COMPILED:\n"
-        "    print(max(t.differences((plan, replace(config, compile=True)))))"
+        "    print(max(t.differences((plan, replace(config, compile=True)))))\n"
+        "print(*(t.run_ranks(t.kept, 2, how)[0] for how in ('none', 'selective', 'full')))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == len(COMPILED) and max(map(float, done.stdout.split())) < 1e-12
+    *differences, bytes_kept = done.stdout.splitlines()
+    assert len(differences) == len(COMPILED) and max(map(float, differences)) < 1e-12
+    everything, selective, full = map(int, bytes_kept.split())
+    assert full < 0.5 * selective < 0.5 * 0.95 * everything

@@ -161,7 +161,6 @@ def test_a_divided_model_goes_out_to_hugging_face(config, tmp_path):
         (P(dp=2), {"batch_size": 3}, "a batch of 3 sequences does not divide by dp 2"),
         (P(tp=2), {"seq_len": 31}, "do not divide by tp 2"),
         (P(pp=2), {"batch_size": 5}, "the 5 sequences"),
-        (P(tp=2), {"compile": True, "recompute": "full"}, "recompute is 'full' and tp 2: PyTorch cannot keep"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_on_all_ranks(config, plan, changes, words):

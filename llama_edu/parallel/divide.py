@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
 
 from llama_edu.errors import UserError
-from llama_edu.parallel.compat import arrived
+from llama_edu.parallel.compat import arrived, compiler_recomputes
 from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
@@ -47,11 +50,8 @@ def parallelize(
         UserError: the model cannot be divided so.
     """
     plan.check_model(model.cfg)
-    if compile and plan.tp > 1 and recompute != "none":
-        raise UserError(
-            f"recompute is {recompute!r} and tp {plan.tp}: PyTorch cannot keep the mesh of a compiled layer's "
-            "parameters for a second forward pass; turn compile or recompute off"
-        )
+    if recompute not in ("none", "selective", "full"):
+        raise UserError(f"recompute is {recompute!r}; it must be none, selective or full")
     layers = plan.stage_layers(model.cfg.n_layers)
     rank = mesh["pp"].get_local_rank()
     stages = {i: part for i, part in enumerate(cut_stages(model, layers)) if i % plan.pp == rank}
@@ -66,10 +66,13 @@ def parallelize(
             apply_tp(stage, tp, heads)
         if plan.cp > 1:
             apply_cp(stage, mesh["cp"])
-        apply_recompute(stage, recompute)
-        if compile:
+        if compile and plan.tp > 1:
             for layer in stage.layers.children():
-                _compile(layer, tp)
+                _compile_divided(layer, tp, recompute)
+        else:
+            apply_recompute(stage, recompute)
+            for layer in stage.layers.children() if compile else ():
+                layer.compile(dynamic=False)
     if plan.pp == 1:
         return apply_fsdp(model, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
     pipeline = Pipeline(
@@ -87,15 +90,14 @@ def parallelize(
     return pipeline
 
 
-def _compile(layer: nn.Module, tp: DeviceMesh) -> None:
-    """Compile a layer. With tensor parallel only this rank's part of the residual stream crosses the border.
+def _compile_divided(layer: nn.Module, tp: DeviceMesh, recompute: str) -> None:
+    """Compile a layer under tensor parallel: only this rank's part of the residual stream crosses the border.
 
     What a compiled function takes and returns is then plain: of a DTensor's gradient PyTorch would have to guess, while
-    it compiles, how it will be placed.
+    it compiles, how it will be placed. Nor can a compiled function keep the mesh of its parameters for a second forward
+    pass inside it. So "full" runs all of it again from outside, and "selective" is the compiler's own rule: keep what
+    products and attention give, compute all else again.
     """
-    if tp.size() == 1:
-        layer.compile(dynamic=False)
-        return
     whole = layer.forward
 
     def part(x: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -104,6 +106,10 @@ def _compile(layer: nn.Module, tp: DeviceMesh) -> None:
     compiled = torch.compile(part, dynamic=False)
 
     def forward(x: DTensor, *rest: object) -> DTensor:
-        return DTensor.from_local(compiled(arrived(x.to_local()), *rest), tp, [Shard(1)], run_check=False)
+        with compiler_recomputes(recompute == "selective"):  # it compiles at the first call
+            y = compiled(arrived(x.to_local()), *rest)
+        return DTensor.from_local(y, tp, [Shard(1)], run_check=False)
 
+    if recompute == "full":
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     layer.forward = forward
