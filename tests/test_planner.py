@@ -191,6 +191,7 @@ print(json.dumps({n: list(getattr(p, "to_local", lambda: p)().shape) for n, p in
     [
         ({"tp": 8, "cp": 16, "pp": 1, "dp": 128}, {"tp": 5, "cp": 3, "dp": 127}, {}),
         ({"tp": 8, "cp": 1, "pp": 16, "dp": 128}, {"tp": 7, "pp": 15, "dp": 64}, {}),
+        ({"tp": 16, "cp": 1, "pp": 8, "dp": 128}, {"tp": 9, "pp": 3, "dp": 64}, {}),  # two ranks hold the same keys
     ],
 )
 def test_parallelize_gives_the_shards_that_are_planned(sizes, at, cut):
@@ -243,6 +244,15 @@ def test_a_layer_sends_what_the_engine_sends():
     gather = 8192 * LARGE.dim * 2 * 7 / 8
     layers, ends = 8 * 16, 0  # pipeline rank 1 to 14: eight layers, 16 micro-batches, no end of the model
     assert plan.traffic["tp"].nvlink == pytest.approx(8 * layers * gather + ends) and plan.traffic["tp"].network == 0
+
+
+def test_more_ranks_than_heads_hold_keep_and_send_more():
+    """With 16 ranks for 8 key/value heads each head is held and kept twice, and its gradients are added."""
+    assert shard_shapes(LARGE, {}, tp=16)["layers.0.attention.wk.weight"] == (128, LARGE.dim)
+    assert 16 * saved_bytes(LARGE, "selective", tp=16) == 8 * saved_bytes(LARGE, "selective", tp=8) + 2 * 2 * 8 * 128
+    size = {"gpus": 1024, "tp": 8, "cp": 1, "pp": 1, "dp": 128, "seq_len": 8192, "batch_per_dp": 16}
+    shared, alone = (plan_cluster(replace(LARGE, n_kv_heads=n), **size).traffic["tp"].nvlink for n in (4, 8))
+    assert shared - alone == pytest.approx(126 * 16 * 4 * 2 * 128 * LARGE.dim)  # float32, wk and wv, by two ranks
 
 
 @pytest.mark.parametrize("row, mfu", ROWS)
@@ -372,7 +382,8 @@ def test_non_powers_of_two_are_planned_too():
     "change, words",
     [
         ({"dp": 64}, "is 8,192 GPUs, not 16,384"),
-        ({"tp": 16, "dp": 64}, "n_kv_heads 8 does not divide by tp 16"),
+        ({"tp": 24, "gpus": 49_152}, "n_heads 128 does not divide by tp 24"),
+        ({"cfg": replace(LARGE, n_heads=96, n_kv_heads=6), "tp": 4, "gpus": 8192}, "neither divides the other"),
         ({"tp": 1, "pp": 256, "dp": 64}, "126 layers do not fill 256 pipeline stages"),
         ({"batch_per_dp": 8, "virtual_stages": 8}, "8 micro-batches do not divide by pp 16"),
         ({"cp": 16, "dp": 8, "seq_len": 8200}, "does not divide into 2 x cp = 32"),

@@ -119,7 +119,7 @@ def stage_layers(n_layers: int, stages: int, *, trim_ends: bool = True) -> list[
         [7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7]
 
     Raises:
-        UserError: a stage would be empty.
+        UserError: there are fewer layers, with those that the ends count as, than stages.
     """
     ends = 2 if trim_ends and stages > 1 else 0
     each, over = divmod(n_layers + ends, stages)
@@ -132,9 +132,14 @@ def stage_layers(n_layers: int, stages: int, *, trim_ends: bool = True) -> list[
     return layers
 
 # %% ../../notebooks/45_cluster.ipynb #8c09429d
+def _kv_width(cfg: LlamaConfig, tp: int) -> int:
+    """Width of the keys of all `tp` ranks together: with fewer heads than ranks, several ranks hold the same head."""
+    return max(cfg.n_kv_heads, tp) * cfg.head_dim
+
+
 def _tp_shapes(cfg: LlamaConfig, tp: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a block's parameters on one of `tp` ranks."""
-    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.ffn_dim
+    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, _kv_width(cfg, tp), cfg.ffn_dim
     return {
         "attention.wq.weight": (heads // tp, d),
         "attention.wk.weight": (kv // tp, d),
@@ -191,7 +196,7 @@ def saved_bytes(cfg: LlamaConfig, recompute: Recompute, *, tp: int = 1, cp: int 
 
     `recompute` is "none", "selective" or "full", as in `llama_edu.training.recompute`.
     """
-    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.ffn_dim
+    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, _kv_width(cfg, tp), cfg.ffn_dim
     softmax = 4 * cfg.n_heads
     if recompute == "full":
         return 2 * d / tp
@@ -213,9 +218,9 @@ def chunks_in_flight(pp: int, virtual_stages: int, micro_batches: int, rank: int
     return min(micro_batches * virtual_stages, warm_up + 1)
 
 # %% ../../notebooks/45_cluster.ipynb #2533d768
-def _layer_work(cfg: LlamaConfig, seq_len: int, recompute: Recompute) -> tuple[float, float, float]:
+def _layer_work(cfg: LlamaConfig, seq_len: int, recompute: Recompute, tp: int = 1) -> tuple[float, float, float]:
     """For a token and layer: FLOPs of weight products, FLOPs of attention, bytes of elementwise work; both passes."""
-    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim, cfg.ffn_dim
+    d, heads, kv, f = cfg.dim, cfg.n_heads * cfg.head_dim, _kv_width(cfg, tp), cfg.ffn_dim
     products = 2 * (2 * d * heads + 2 * d * kv + 3 * d * f)
     attention = 4 * heads * (seq_len + 1) / 2
     elementwise = 2 * (12 * d + 2 * kv + 3 * f)
@@ -312,9 +317,11 @@ def _refuse(p: ClusterPlan, gpus: int) -> str | None:
             return f"{name} is {getattr(p, name)}; it must be a whole number of at least 1"
     if p.gpus != gpus:
         return f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {p.dp} is {p.gpus:,} GPUs, not {gpus:,}: the product must match"
-    for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+    for name in ("n_heads", "ffn_dim", "vocab_size"):
         if getattr(p.cfg, name) % p.tp:
             return f"{name} {getattr(p.cfg, name):,} does not divide by tp {p.tp}: take a divisor of it"
+    if p.cfg.n_kv_heads % p.tp and p.tp % p.cfg.n_kv_heads:
+        return f"of n_kv_heads {p.cfg.n_kv_heads} and tp {p.tp} neither divides the other: take a tp that does"
     if p.cp > 1 and p.seq_len % (2 * p.cp):
         return f"seq_len {p.seq_len:,} does not divide into 2 x cp = {2 * p.cp} chunks"
     if p.seq_len // p.cp % p.tp:
@@ -345,18 +352,20 @@ def _refuse(p: ClusterPlan, gpus: int) -> str | None:
 # %% ../../notebooks/45_cluster.ipynb #9d0fe5d3
 def _layer_transfers(p: ClusterPlan) -> dict[str, Transfer]:
     """What one layer sends for one micro-batch, both passes."""
-    kv = p.cfg.n_kv_heads * p.cfg.head_dim
+    kv, copies = _kv_width(p.cfg, p.tp), max(1, p.tp // p.cfg.n_kv_heads)
     tokens = p.micro_batch * p.seq_len
     stream = collective(2 * tokens / p.cp * p.cfg.dim, p.tp, p.in_node("tp"), p.gpu)
     keys = collective(2 * 2 * kv * tokens / p.tp, p.cp, p.in_node("cp"), p.gpu, calls=2)  # keys, values
     times = {"none": (8, 1 + 2), "selective": (10, 2 + 2), "full": (12, 2 + 2)}[p.recompute]  # float32 scatter: 2 x
-    return {"tp": stream * times[0], "cp": keys * times[1]}
+    # Ranks with the same key/value head add the gradients of its two matrices up: an all-reduce of float32.
+    shared = collective(4 * 2 * p.cfg.head_dim * p.cfg.dim, copies, min(copies, p.in_node("tp")), p.gpu) * 2
+    return {"tp": stream * times[0] + shared, "cp": keys * times[1]}
 
 
 def _layer_seconds(p: ClusterPlan) -> dict[str, float]:
     """Seconds of one layer for one micro-batch, both passes, by cause."""
     tokens = p.micro_batch * p.seq_len / p.cp / p.tp
-    products, attention, elementwise = _layer_work(p.cfg, p.seq_len, p.recompute)
+    products, attention, elementwise = _layer_work(p.cfg, p.seq_len, p.recompute, p.tp)
     peak = p.gpu.fp8 if p.precision == "fp8" else p.gpu.bf16
     sent = _layer_transfers(p)
     return {
