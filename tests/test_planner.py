@@ -252,7 +252,7 @@ def test_more_ranks_than_heads_hold_keep_and_send_more():
     assert 16 * saved_bytes(LARGE, "selective", tp=16) == 8 * saved_bytes(LARGE, "selective", tp=8) + 2 * 2 * 8 * 128
     size = {"gpus": 1024, "tp": 8, "cp": 1, "pp": 1, "dp": 128, "seq_len": 8192, "batch_per_dp": 16}
     shared, alone = (plan_cluster(replace(LARGE, n_kv_heads=n), **size).traffic["tp"].nvlink for n in (4, 8))
-    assert shared - alone == pytest.approx(126 * 16 * 4 * 2 * 128 * LARGE.dim)  # float32, wk and wv, by two ranks
+    assert shared - alone == pytest.approx(126 * 16 * 2 * 2 * 128 * LARGE.dim)  # bfloat16, wk and wv, by two ranks
 
 
 @pytest.mark.parametrize("row, mfu", ROWS)

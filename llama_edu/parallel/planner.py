@@ -357,8 +357,8 @@ def _layer_transfers(p: ClusterPlan) -> dict[str, Transfer]:
     stream = collective(2 * tokens / p.cp * p.cfg.dim, p.tp, p.in_node("tp"), p.gpu)
     keys = collective(2 * 2 * kv * tokens / p.tp, p.cp, p.in_node("cp"), p.gpu, calls=2)  # keys, values
     times = {"none": (8, 1 + 2), "selective": (10, 2 + 2), "full": (12, 2 + 2)}[p.recompute]  # float32 scatter: 2 x
-    # Ranks with the same key/value head add the gradients of its two matrices up: an all-reduce of float32.
-    shared = collective(4 * 2 * p.cfg.head_dim * p.cfg.dim, copies, min(copies, p.in_node("tp")), p.gpu) * 2
+    # Ranks with the same key/value head add the gradients of its two matrices up: an all-reduce.
+    shared = collective(2 * 2 * p.cfg.head_dim * p.cfg.dim, copies, min(copies, p.in_node("tp")), p.gpu) * 2
     return {"tp": stream * times[0] + shared, "cp": keys * times[1]}
 
 
