@@ -66,6 +66,7 @@ def test_own_model_and_own_gpu(tmp_path, capsys):
         ({"gpu": "h1000"}, "no GPU is called 'h1000'; did you mean 'h100'"),
         ({"dp": 64}, "tp 8 x cp 1 x pp 16 x dp 64 is 8,192 GPUs, which is not 16,384"),
         ({"tp": 3}, "which does not divide 16,384"),
+        ({"seq_len": 8191, "batch_tokens": None, "batch_per_dp": 16}, "do not divide by tp 8"),
         (
             {"recompute": "none"},
             "needs 154.0 GB a GPU, 74.0 GB more than the 80 GB of an H100; 142.3 GB of it are activ",

@@ -274,9 +274,9 @@ def test_bfloat16_beside_float32_sums(world_size):
 
 COMPILED = [
     *[(P(dp=2), CONFIG), (P(cp=2), CONFIG), (P(pp=2), CONFIG), (P(tp=2), LOSS)],
+    *[(P(dp=2, tp=2), few(1)), (P(cp=2, tp=2), CONFIG), (P(tp=2, pp=2), LOSS)],
     (P(dp=2, tp=2), replace(few(1), recompute="full")),
     (P(cp=2, tp=2), replace(CONFIG, recompute="selective")),
-    (P(tp=2, pp=2), LOSS),
 ]
 
 
