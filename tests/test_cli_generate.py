@@ -426,7 +426,10 @@ def test_a_real_ctrl_c_in_the_middle_of_an_answer(tmp_path):
     tokenizer = Llama3Tokenizer.train([TEXT], 540)
     make_model(540, 4096, dim=512, n_layers=8).save_pretrained(tmp_path)  # slow enough to be stopped
     tokenizer.save(tmp_path / "tokenizer.model")
-    process = command("chat", "--model", tmp_path, "--max-new-tokens", 3000, "--temperature", 0, start_new_session=True)
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start inherits that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    options = {"start_new_session": True, "preexec_fn": heed}
+    process = command("chat", "--model", tmp_path, "--max-new-tokens", 3000, "--temperature", 0, **options)
     process.stdin.write("the river\n")
     process.stdin.flush()
     process.stdout.read(3)  # the answer has begun
