@@ -16,7 +16,8 @@ from bytes_tokenizer import BytesTokenizer
 
 from llama_edu.data import write_tokens
 from llama_edu.errors import UserError
-from llama_edu.parallel.resilience import FlightRecorder, first_cause, read_flight_records
+from llama_edu.parallel.launch import RankError
+from llama_edu.parallel.resilience import FlightRecorder, first_cause, last_words, read_flight_records
 from llama_edu.training.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
@@ -306,6 +307,30 @@ def test_first_cause(tmp_path):
     assert first_cause(tmp_path) == (2, "the disk is full")
     words(tmp_path, 2, 9.0, "the disk is full")
     assert first_cause(tmp_path) == (2, "the disk is full")
+
+
+def _ended(folder, seconds):
+    """A fork that the launcher ends, and that notices `seconds` later why. Returns how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with last_words(folder, grace=1.0):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(seconds)
+                raise ConnectionError("Connection closed by peer")
+        except RankError:
+            code = 7
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_rank_that_is_ended_before_it_has_noticed_still_says_why(tmp_path, capfd):
+    assert _ended(tmp_path / "soon", 0.2) == 7
+    assert "llama-edu: rank 0: ConnectionError: Connection closed by peer" in capfd.readouterr().err
+    assert _ended(tmp_path / "late", 60) == 128 + signal.SIGTERM
+    assert not list((tmp_path / "late").glob("*.words"))
 
 
 def recorder(folder, rank, calls, **how):

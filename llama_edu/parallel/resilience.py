@@ -84,7 +84,8 @@ def last_words(folder: str | Path | None = None, *, grace: float = 3.0) -> Itera
     Args:
         folder: where the ranks of this attempt leave their words, a new one for each attempt; of several hosts, on a
             disk they share. None: beside the error files of torchrun; without it, nothing is done.
-        grace: seconds that a rank waits for words of others that still live.
+        grace: seconds that a rank waits for words of others that still live; and that one which gets SIGTERM has to
+            fail by itself and say why, before it is ended.
 
     Raises:
         RankError: on every rank that can still speak, the same.
@@ -101,11 +102,17 @@ def last_words(folder: str | Path | None = None, *, grace: float = 3.0) -> Itera
             return
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / f"rank_{rank}.alive", {"pid": os.getpid(), "host": socket.gethostname(), "world": world_size})
+        # The launcher ends all ranks when it has seen one fail, perhaps before this one has noticed: first tell why.
+        end = threading.Timer(grace, os._exit, (128 + signal.SIGTERM,))
+        end.daemon = True
+        before = _on_sigterm(lambda *_: end.is_alive() or end.start())
         try:
             yield
+            _on_sigterm(before)
+            end.cancel()
         except Exception as error:
-            with suppress(ValueError):  # the launcher ends ranks when it has seen one fail: first tell why
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _on_sigterm(signal.SIG_IGN)
+            end.cancel()
             words = {"time": time.time(), "sentence": _sentence(error), "lost": _lost(error)}
             _write(folder / f"rank_{rank}.words", words | {"detail": traceback.format_exc()})
             deadline = time.monotonic() + grace
@@ -116,6 +123,12 @@ def last_words(folder: str | Path | None = None, *, grace: float = 3.0) -> Itera
                 (folder / "told").touch(exist_ok=False)
                 print(f"llama-edu: rank {guilty}: {sentence}", file=sys.stderr, flush=True)
             raise RankError(guilty, sentence, words["sentence"]) from error
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Set the handler and return the one before; only the main thread may."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
 
 
 def first_cause(folder: str | Path) -> tuple[int, str] | None:
