@@ -214,7 +214,7 @@ class _Kernels:
         self.width = width
         group, padded = cfg.n_heads // cfg.n_kv_heads, lambda n: n + -n % 32
         longest = padded(max(cfg.dim, cfg.n_heads * cfg.head_dim, cfg.ffn_dim))
-        zeros = lambda *shape: np.zeros(shape, np.float32)
+        zeros = lambda *shape: _streamed(torch.empty(shape)).zero_().numpy()
         whole = lambda *shape: np.zeros(shape, np.int64)
         blocks = [array for name in ("qkv", "o", "13", "2") for array in _arrays(w.blocks[name])]
         table = [t[:room].float().contiguous().numpy() for t in (w.cos, w.sin)]
@@ -232,7 +232,7 @@ class _Kernels:
             *(zeros(threads, group, room), zeros(threads, group, head)),
             *(zeros(width, padded(cfg.n_heads * cfg.head_dim)),),
             *(zeros(width, 2 * cfg.ffn_dim), zeros(width, padded(cfg.ffn_dim)), zeros(width, cfg.dim)),
-            *(self.logits, self.best, np.zeros((threads, width * longest), np.uint16)),
+            *(self.logits, self.best, zeros(threads, width * longest)),
         )
         self.team = Team(threads, network, state)
 
@@ -312,9 +312,9 @@ class FastDecoder:
     """Decoding at the speed of memory, for a batch of up to `batch_size` sequences.
 
     The weights are copied into the order in which they are read, so the model may be dropped. Sums are float32,
-    whatever the weights are; keys and values are float32 beside float32 weights, else bfloat16. Activations are float32
-    in a step of fewer than 8 tokens; from 8 on the kernels round them to bfloat16 where the weights are bfloat16 and
-    the processor has a dot product of such numbers.
+    whatever the weights are; keys and values are float32 beside float32 weights, else bfloat16. Where the processor has
+    a dot product of such numbers, the kernels' products read activations in bfloat16 beside weights in bfloat16, and in
+    bytes, with a scale for each 32, beside int8.
 
     Args:
         model: plain, or from `quantize`.

@@ -2,10 +2,10 @@
 
 numba compiles what stands here. Three things decide the speed, and lesson 52 measures them:
 
-- a weight is read once, as a stream, in the form it has in memory (float32, bfloat16, int8, int4), is widened in
-  registers, and memory is asked for it well before it is needed (`_product` writes this loop with LLVM's vectors, so
-  the same source serves AVX-512, AVX2 and NEON); many vectors share a reading, and beside weights in bfloat16 they are
-  multiplied by the processor's dot product of bfloat16, where it has one;
+- a weight is read once, as a stream, in the form it has in memory (float32, bfloat16, int8, int4), for all vectors.
+  `_product` writes this loop with LLVM's vectors, so the same source serves AVX-512, AVX2 and NEON. Weights are widened
+  in registers; but where the processor has a dot product of bfloat16 or of bytes, the vectors are rounded to such
+  numbers instead, which is less work a weight and less to hold in the nearest cache;
 - the whole network is one call, and its phases are kept apart by barriers in which threads spin, not sleep;
 - norms, rotations, attention and activations use what is in the caches from the product before them.
 """
@@ -27,10 +27,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "Team", "compiled", "product_rows", "round_rows", "work"]
+__all__ = ["LANES", "Team", "compiled", "prepare_rows", "product_rows", "work"]
 
 LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
-_AHEAD = 4096  # bytes between what is read and what is asked for
+_AHEAD = 4096  # bytes between what is read and what is asked for; the shortest loop runs ahead better by itself
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -48,8 +48,13 @@ def _vector(kind: ir.Type, n: int = LANES) -> ir.VectorType:
     return ir.VectorType(kind, n)
 
 
-def _splat(kind: ir.Type, value: float) -> ir.Constant:
-    return ir.Constant(_vector(kind), [value] * LANES)
+def _splat(kind: ir.Type, value: float, n: int = LANES) -> ir.Constant:
+    return ir.Constant(_vector(kind, n), [value] * n)
+
+
+def _broadcast(b: ir.IRBuilder, value: ir.Value, n: int) -> ir.Value:
+    one = b.insert_element(ir.Constant(_vector(value.type, n), ir.Undefined), value, ir.Constant(_I32, 0))
+    return b.shuffle_vector(one, one, _splat(_I32, 0, n))
 
 
 def _address(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
@@ -61,31 +66,29 @@ def _load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> i
     return b.load(_address(b, base, offset, kind), align=1)
 
 
-def _bfloat(b: ir.IRBuilder, bits: ir.Value, n: int) -> ir.Value:
-    """float32 from bfloat16: the same number has the same upper 16 bits."""
-    wide = b.shl(b.zext(bits, _vector(_I32, n)), ir.Constant(_vector(_I32, n), [16] * n))
-    return b.bitcast(wide, _vector(_F32, n))
-
-
 def _expand(b: ir.IRBuilder, kind: str, row: ir.Value, scales: ir.Value, at: ir.Value) -> list[ir.Value]:
-    """The next weights of a row as float32 vectors: two vectors from `at` on (a group, where there are groups)."""
+    """The next 32 weights of a row as two float32 vectors; those in bfloat16 as the even ones and the odd ones.
+
+    A bfloat16 is the upper half of a float32. Two neighbours are the halves of 32 bits, so a shift gives one and a mask
+    the other, without spreading 16 numbers over a register first.
+    """
     if kind == "int4":  # 32 weights in 16 bytes: the first half in the low bits, the second in the high ones
         packed = _load(b, row, b.lshr(at, ir.Constant(_I64, 1)), _vector(_I8))
         scale = b.load(_address(b, scales, b.lshr(at, ir.Constant(_I64, 4)), _I16), align=1)
-        scale = b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32)
-        one = b.insert_element(ir.Constant(_vector(_F32), ir.Undefined), scale, ir.Constant(_I32, 0))
-        scale = b.shuffle_vector(one, one, ir.Constant(_vector(_I32), [0] * LANES))
+        scale = _broadcast(b, b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32), LANES)
         low = b.and_(packed, _splat(_I8, 15))
         high = b.lshr(packed, _splat(_I8, 4))
         halves = [b.sext(b.sub(half, _splat(_I8, 8)), _vector(_I32)) for half in (low, high)]
         return [b.fmul(b.sitofp(half, _vector(_F32)), scale) for half in halves]
+    if kind == "bfloat16":
+        pairs = _load(b, row, b.shl(at, ir.Constant(_I64, 1)), _vector(_I32))
+        halves = b.shl(pairs, _splat(_I32, 16)), b.and_(pairs, _splat(_I32, 0xFFFF0000))
+        return [b.bitcast(half, _vector(_F32)) for half in halves]
     vectors = []
     for u in range(2):
         i = b.add(at, ir.Constant(_I64, u * LANES))
         if kind == "float32":
             vectors.append(_load(b, row, b.shl(i, ir.Constant(_I64, 2)), _vector(_F32)))
-        elif kind == "bfloat16":
-            vectors.append(_bfloat(b, _load(b, row, b.shl(i, ir.Constant(_I64, 1)), _vector(_I16)), LANES))
         else:
             whole = b.sext(_load(b, row, i, _vector(_I8)), _vector(_I32))
             vectors.append(b.sitofp(whole, _vector(_F32)))
@@ -101,85 +104,102 @@ def _product(rows: int, columns: int) -> Callable:
 
     The length of a row is a multiple of 32. The kind of weight follows from the dtype of `w`: uint16 is bfloat16, uint8
     is two int4. `scales` is (rows, 1) float32 for int8 and (rows, length / 32) bfloat16 for int4, else unused. `x` is
-    float32; or bfloat16 beside weights in bfloat16, where `_dots` says that the processor multiplies these.
+    what `prepare_rows` makes for this kind; its dtype says which form that is.
     """
 
     @intrinsic
     def product(typingctx, w, scales, r, x, c, out):
         kind, width = _KINDS[w.dtype]
-        dot = x.dtype == types.uint16
+        form = {types.float32: "float32", types.uint16: "bfloat16", types.int8: "int8"}[x.dtype]
 
         def codegen(context, b, signature, args):
-            if dot and not (kind == "bfloat16" and _has_dots()):
+            if form != "float32" and not (form == kind and _has_dots(kind)):
                 return context.get_dummy_value()  # compiled beside what is used here, never called
             arrays = [context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 1, 3, 5)]
             w, scales, x, out = arrays
             r, c = (b.sext(args[i], _I64) if args[i].type != _I64 else args[i] for i in (2, 4))
             const = lambda value: ir.Constant(_I64, value)
             shape = lambda array, axis: b.extract_value(array.shape, axis)
-            length = shape(x, 1)
-            row_bytes = b.lshr(b.mul(length, const(int(2 * width))), const(1))
+            row_bytes = b.mul(shape(w, 1), const(signature.args[0].dtype.bitwidth // 8))
+            length = b.udiv(b.mul(row_bytes, const(2)), const(int(2 * width)))
             w_row = [_address(b, w.data, b.mul(b.add(r, const(i)), row_bytes), _I8) for i in range(rows)]
             per_row = b.mul(shape(scales, 1), const(2 if kind == "int4" else 4))
             s_row = [_address(b, scales.data, b.mul(b.add(r, const(i)), per_row), _I8) for i in range(rows)]
-            x_bytes = b.shl(length, const(1 if dot else 2))
+            x_bytes = b.mul(shape(x, 1), const(signature.args[3].dtype.bitwidth // 8))
             x_row = [_address(b, x.data, b.mul(b.add(c, const(j)), x_bytes), _I8) for j in range(columns)]
-            fma = ir.FunctionType(_vector(_F32), [_vector(_F32)] * 3)
-            fma = cgutils.get_or_insert_function(b.module, fma, f"llvm.fma.v{LANES}f32")
-            both = ir.FunctionType(_vector(_F32), [_vector(_F32), _vector(_I32), _vector(_I32)])
-            both = dot and cgutils.get_or_insert_function(b.module, both, "llvm.x86.avx512bf16.dpbf16ps.512")
-            prefetch = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-            prefetch = cgutils.get_or_insert_function(b.module, prefetch, "llvm.prefetch.p0")
+            n = 8 if form == "int8" else LANES  # partial sums of an output that a register holds
+            float_n, whole_n = _vector(_F32, n), _vector(_I32, n)
+            declare = lambda name, *kinds: cgutils.get_or_insert_function(b.module, ir.FunctionType(*kinds), name)
+            fma = declare(f"llvm.fma.v{n}f32", float_n, [float_n] * 3)
+            prefetch = declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            if form == "bfloat16":
+                dot = declare("llvm.x86.avx512bf16.dpbf16ps.512", float_n, [float_n, whole_n, whole_n])
+            elif form == "int8":
+                dot = declare("llvm.x86.avx512.vpdpbusd.256", whole_n, [whole_n] * 3)
 
             several = 2 if rows * columns * 2 <= 16 else 1  # accumulators an output, to hide how long an addition takes
-            n_acc = rows * columns * several
             before = b.basic_block
             loop, after = b.append_basic_block("loop"), b.append_basic_block("after")
             b.branch(loop)
             b.position_at_end(loop)
             at = b.phi(_I64)
             at.add_incoming(const(0), before)
-            sums = [b.phi(_vector(_F32)) for _ in range(n_acc)]
+            sums = [b.phi(float_n) for _ in range(rows * columns * several)]
             for s in sums:
-                s.add_incoming(_splat(_F32, 0.0), before)
+                s.add_incoming(_splat(_F32, 0.0, n), before)
             new = list(sums)
             weights = []
             for i in range(rows):
                 offset = b.lshr(b.mul(at, const(int(2 * width))), const(1))
-                for line in range(max(1, int(32 * width) // 64)):
+                for line in range(0 if form == "bfloat16" else max(1, int(32 * width) // 64)):
                     place = _address(b, w_row[i], b.add(offset, const(_AHEAD + 64 * line)), _I8)
                     b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
-                if dot:  # 32 of them in one register, as they are
-                    weights.append(_load(b, w_row[i], offset, _vector(_I32)))
-                else:
+                if form == "float32":
                     weights.append(_expand(b, kind, w_row[i], s_row[i], at))
-            if dot:
-                for j in range(columns):
-                    values = _load(b, x_row[j], b.shl(at, const(1)), _vector(_I32))
-                    for i in range(rows):
-                        k = (i * columns + j) * several
-                        new[k] = b.call(both, [new[k], weights[i], values])
-            for u in () if dot else range(2):
-                offset = b.shl(b.add(at, const(u * LANES)), const(2))
-                for j in range(columns):
-                    values = _load(b, x_row[j], offset, _vector(_F32))
-                    for i in range(rows):
-                        k = (i * columns + j) * several + u % several
-                        new[k] = b.call(fma, [weights[i][u], values, new[k]])
+                elif form == "bfloat16":  # 32 of them in one register, as they are
+                    weights.append(_load(b, w_row[i], offset, whole_n))
+                else:  # plus 128, because the instruction takes bytes without a sign on one side
+                    signed = _load(b, w_row[i], offset, _vector(_I8, 32))
+                    weights.append(b.bitcast(b.xor(signed, _splat(_I8, -128, 32)), whole_n))
+            for j in range(columns):
+                if form == "float32":
+                    offsets = [b.shl(b.add(at, const(u * LANES)), const(2)) for u in range(2)]
+                    values = [_load(b, x_row[j], offset, float_n) for offset in offsets]
+                elif form == "bfloat16":
+                    values = _load(b, x_row[j], b.shl(at, const(1)), whole_n)
+                else:
+                    values = _load(b, x_row[j], at, whole_n)
+                    scale = _load(b, x_row[j], b.add(length, b.lshr(at, const(3))), _F32)
+                    scale = _broadcast(b, scale, n)
+                for i in range(rows):
+                    k = (i * columns + j) * several
+                    if form == "float32":
+                        for u in range(2):
+                            new[k + u % several] = b.call(fma, [weights[i][u], values[u], new[k + u % several]])
+                        continue
+                    if form == "bfloat16":
+                        total = b.call(dot, [new[k], weights[i], values])
+                    else:
+                        whole = b.call(dot, [_splat(_I32, 0, n), weights[i], values])
+                        total = b.call(fma, [b.sitofp(whole, float_n), scale, new[k]])
+                    new[k : k + several] = [*new[k + 1 : k + several], total]  # the accumulators take turns
             following = b.add(at, const(2 * LANES))
             at.add_incoming(following, b.basic_block)
             for s, value in zip(sums, new):
                 s.add_incoming(value, b.basic_block)
             b.cbranch(b.icmp_signed("<", following, length), loop, after)
             b.position_at_end(after)
-            add = ir.FunctionType(_F32, [_F32, _vector(_F32)])
-            add = cgutils.get_or_insert_function(b.module, add, f"llvm.vector.reduce.fadd.v{LANES}f32")
+            add = declare(f"llvm.vector.reduce.fadd.v{n}f32", _F32, [_F32, float_n])
             out_bytes = b.shl(shape(out, 1), const(2))
-            for i in range(rows):
-                for j in range(columns):
+            for j in range(columns):
+                if form == "int8":  # what the 128 of all weights have added
+                    excess = _load(b, x_row[j], b.add(length, b.lshr(length, const(3))), _F32)
+                for i in range(rows):
                     k = (i * columns + j) * several
                     total = new[k] if several == 1 else b.fadd(new[k], new[k + 1])
                     total = b.call(add, [ir.Constant(_F32, -0.0), total], fastmath=("reassoc",))
+                    if form == "int8":
+                        total = b.fsub(total, excess)
                     if kind == "int8":
                         total = b.fmul(total, b.load(b.bitcast(s_row[i], _F32.as_pointer())))
                     place = b.add(b.mul(b.add(c, const(j)), out_bytes), b.shl(b.add(r, const(i)), const(2)))
@@ -194,20 +214,31 @@ def _product(rows: int, columns: int) -> Callable:
 _one, _one_by_four, _four_by_four = _product(1, 1), _product(1, 4), _product(4, 4)
 
 
-def _has_dots() -> bool:
-    """Whether machine code is made for this processor, and it has AVX-512's dot product of bfloat16."""
+def _has_dots(kind: str) -> bool:
+    """Whether machine code is made for this processor, and it has a dot product of such numbers."""
     own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
-    return bool(own) and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+    has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
+    if kind == "bfloat16":
+        return bool(has("avx512bf16"))
+    return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
 
 
-@intrinsic
-def _dots(typingctx, w):
-    """Whether products of these weights with vectors in bfloat16 are one instruction: a constant of the program."""
+def _constant(test: Callable[[str], bool]) -> Callable:
+    """A numba function of an array of weights: `test` of their kind, a constant of the program."""
 
-    def codegen(context, b, signature, args):
-        return ir.Constant(ir.IntType(1), signature.args[0].dtype == types.uint16 and _has_dots())
+    @intrinsic
+    def answer(typingctx, w):
+        def codegen(context, b, signature, args):
+            return ir.Constant(ir.IntType(1), test(_KINDS[signature.args[0].dtype][0]))
 
-    return types.boolean(w), codegen
+        return types.boolean(w), codegen
+
+    return answer
+
+
+_short_dots = _constant(lambda kind: kind == "bfloat16" and _has_dots(kind))
+_byte_dots = _constant(lambda kind: kind == "int8" and _has_dots(kind))
+_halves = _constant(lambda kind: kind == "bfloat16")
 
 
 @intrinsic
@@ -329,26 +360,76 @@ def _product_rows(w, scales, x, out, first, last, n):
 
 
 @compiled
-def round_rows(w, x, short, n):
-    """What `product_rows` needs in `short`, memory of this thread: n vectors in bfloat16, where it uses them."""
-    if n >= 8 and _dots(w):
-        width = x.shape[1]
-        rounded = short[: n * width].reshape((n, width))
-        for j in range(n):
-            for i in range(width):
-                rounded[j, i] = _narrow(x[j, i], rounded)
+def _halved(i):
+    """Where number i of a vector goes in groups of 32 that have the 16 even ones first, then the odd ones."""
+    return i - i % 32 + i % 2 * 16 + i % 32 // 2
 
 
 @compiled
-def product_rows(w, scales, x, short, out, first, last, n):
-    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n.
+def _to_bytes(x, out):
+    """A vector in bytes for `_product`: the bytes, a float32 scale for each 32, and 128 times the sum of all.
 
-    From 8 vectors on arithmetic costs more than reading. Then x is taken in bfloat16 beside weights in bfloat16, from
-    `short`, where the processor has instructions for that.
+    A group is rounded to 127 steps of its own largest number. What is not finite makes its scale NaN.
     """
-    if n >= 8 and _dots(w):
-        width = x.shape[1]
-        _product_rows(w, scales, short[: n * width].reshape((n, width)), out, first, last, n)
+    width = x.size
+    scales, total = out[width:].view(np.float32), np.float32(0)
+    for g in range(width // 32):
+        group, to = x[32 * g : 32 * g + 32], out[32 * g : 32 * g + 32]
+        largest, zero = np.float32(1e-30), np.float32(0)
+        for i in range(32):
+            largest = max(largest, abs(group[i]))
+            zero += group[i] * np.float32(0)
+        steps, whole = np.float32(127) / largest, np.int32(0)
+        for i in range(32):
+            y = np.rint(group[i] * steps)
+            q = np.int32(y if abs(y) <= np.float32(127) else np.float32(0))
+            to[i] = q
+            whole += q
+        scales[g] = largest / np.float32(127) + zero
+        total += scales[g] * np.float32(whole)
+    scales[width // 32] = np.float32(128) * total
+
+
+@compiled
+def prepare_rows(w, x, memory, n):
+    """n vectors in the form in which these weights are multiplied, into `memory`, the float32 of this thread.
+
+    Where the processor has instructions for it, int8 takes bytes and bfloat16 takes bfloat16. Else bfloat16 takes the
+    even numbers of each 32 before the odd ones, as it falls apart itself, and all others take x as it is.
+    """
+    width = x.shape[1]
+    if _byte_dots(w):
+        stride = width + width // 8 + 4
+        as_bytes = memory.view(np.int8)[: n * stride].reshape((n, stride))
+        for j in range(n):
+            _to_bytes(x[j], as_bytes[j])
+    elif _short_dots(w):
+        rounded = memory.view(np.uint16)[: n * width].reshape((n, width))
+        for j in range(n):
+            for i in range(width):
+                rounded[j, i] = _narrow(x[j, i], rounded)
+    elif _halves(w):
+        halves = memory[: n * width].reshape((n, width))
+        for j in range(n):
+            for g in range(0, width, 32):
+                for i in range(16):
+                    halves[j, g + i] = x[j, g + 2 * i]
+                    halves[j, g + 16 + i] = x[j, g + 2 * i + 1]
+
+
+@compiled
+def product_rows(w, scales, x, memory, out, first, last, n):
+    """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n, after `prepare_rows` of the same x."""
+    width = x.shape[1]
+    if _byte_dots(w):
+        stride = width + width // 8 + 4
+        as_bytes = memory.view(np.int8)[: n * stride].reshape((n, stride))
+        _product_rows(w, scales, as_bytes, out, first, last, n)
+    elif _short_dots(w):
+        rounded = memory.view(np.uint16)[: n * width].reshape((n, width))
+        _product_rows(w, scales, rounded, out, first, last, n)
+    elif _halves(w):
+        _product_rows(w, scales, memory[: n * width].reshape((n, width)), out, first, last, n)
     else:
         _product_rows(w, scales, x, out, first, last, n)
 
@@ -430,14 +511,14 @@ def work(me, sync, network, state):
 
     network: (embedding, wqkv, wo, w13, w2, output, each weight with its scales, norms, cos, sin, eps, head_dim, n_kv).
     state: (numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up,
-    hidden, update, logits, best, short). numbers: how many tokens, how many threads.
+    hidden, update, logits, best, memory). numbers: how many tokens, how many threads.
     """
     embedding, wqkv, s_qkv, wo, s_o, w13, s_13, w2, s_2, output, s_out, norms, cos, sin, eps, head_dim, n_kv = network
     numbers, tokens, slots, positions, keys, values, x, normed, qkv, q, scores, mixed, attended, gate_up, hidden = (
         state[:15]
     )
-    update, logits, best, short = state[15:]
-    short = short[me]
+    update, logits, best, memory = state[15:]
+    memory = memory[me]
     threads = numbers[1]
     dim, n_layers = norms.shape[1], wqkv.shape[0]
     n_heads = q.shape[1]
@@ -465,10 +546,10 @@ def work(me, sync, network, state):
             # Queries, keys and values: whole heads at a time, rotated and stored by the thread that has made them.
             for b in range(n):
                 _normalise(x[b], norms[2 * layer], eps, mine[b])
-            round_rows(wqkv, mine, short, n)
+            prepare_rows(wqkv, mine, memory, n)
             first, last = _take(sync, most, heads, 1)
             while last > first:
-                product_rows(wqkv[layer], s_qkv[layer], mine, short, qkv, first * head_dim, last * head_dim, n)
+                product_rows(wqkv[layer], s_qkv[layer], mine, memory, qkv, first * head_dim, last * head_dim, n)
                 for b in range(n):
                     place = positions[b]
                     for head in range(first, last):
@@ -479,7 +560,7 @@ def work(me, sync, network, state):
                                 row[2 * i], row[2 * i + 1] = even * c - odd * s, even * s + odd * c
                         if head < n_heads:
                             for i in range(head_dim):
-                                q[b, head, i] = row[i] * scale
+                                q[b, head, _halved(i) if _halves(keys) else i] = row[i] * scale
                         elif head < n_heads + n_kv:
                             to = keys[layer, slots[b], head - n_heads, place]
                             for i in range(head_dim):
@@ -502,10 +583,10 @@ def work(me, sync, network, state):
                             attended[b, (head * group + g) * head_dim + i] = mixed[me, g, i]
                 first, last = _take(sync, most, n * n_kv, 1)
             _barrier(sync, threads)
-            round_rows(wo, attended, short, n)
+            prepare_rows(wo, attended, memory, n)
             first, last = _take(sync, most, dim, 4)
             while last > first:
-                product_rows(wo[layer], s_o[layer], attended, short, update, first, last, n)
+                product_rows(wo[layer], s_o[layer], attended, memory, update, first, last, n)
                 for b in range(n):
                     for i in range(first, last):
                         x[b, i] += update[b, i]
@@ -514,21 +595,21 @@ def work(me, sync, network, state):
             # The feed-forward half: a piece is the same rows of gate and up.
             for b in range(n):
                 _normalise(x[b], norms[2 * layer + 1], eps, mine[b])
-            round_rows(w13, mine, short, n)
+            prepare_rows(w13, mine, memory, n)
             first, last = _take(sync, most, ffn, 4)
             while last > first:
-                product_rows(w13[layer], s_13[layer], mine, short, gate_up, first, last, n)
-                product_rows(w13[layer], s_13[layer], mine, short, gate_up, ffn + first, ffn + last, n)
+                product_rows(w13[layer], s_13[layer], mine, memory, gate_up, first, last, n)
+                product_rows(w13[layer], s_13[layer], mine, memory, gate_up, ffn + first, ffn + last, n)
                 for b in range(n):
                     for i in range(first, last):
                         gate, up = gate_up[b, i], gate_up[b, ffn + i]
                         hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * up
                 first, last = _take(sync, most, ffn, 4)
             _barrier(sync, threads)
-            round_rows(w2, hidden, short, n)
+            prepare_rows(w2, hidden, memory, n)
             first, last = _take(sync, most, dim, 4)
             while last > first:
-                product_rows(w2[layer], s_2[layer], hidden, short, update, first, last, n)
+                product_rows(w2[layer], s_2[layer], hidden, memory, update, first, last, n)
                 for b in range(n):
                     for i in range(first, last):
                         x[b, i] += update[b, i]
@@ -538,11 +619,11 @@ def work(me, sync, network, state):
             _normalise(x[b], norms[2 * n_layers], eps, mine[b])
             best[me, b, 0], best[me, b, 1], best[me, b, 2] = -np.inf, 0, 0
         # The likeliest of this thread's tokens, and 0 * the sum of their logits, NaN where one is not finite.
-        round_rows(output, mine, short, n)
+        prepare_rows(output, mine, memory, n)
         vocab = output.shape[0]
         first, last = _take(sync, most, vocab, 4)
         while last > first:
-            product_rows(output, s_out, mine, short, logits, first, last, n)
+            product_rows(output, s_out, mine, memory, logits, first, last, n)
             for b in range(n):
                 top, index, zero = best[me, b, 0], best[me, b, 1], np.float32(0)
                 for i in range(first, last):
