@@ -302,9 +302,7 @@ def _rows_of(w: Packed, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch r
     """w @ x for each x, the matrix made dense a slice at a time."""
     out = []
     for start in range(0, w.values.shape[0], 8192):
-        s = w.scales if w.kind in ("float32", "bfloat16") else w.scales[start : start + 8192]
-        part = Packed(w.kind, w.values[start : start + 8192], s, w.columns).dense()
-        out.append(F.linear(x, part.to(x.dtype)).float())
+        out.append(F.linear(x, w.rows(start, start + 8192).dense().to(x.dtype)).float())
     return torch.cat(out, dim=-1)
 
 # %% ../../notebooks/52_fast_decoding.ipynb #c5581d6f
@@ -378,29 +376,37 @@ class FastDecoder:
         Ordinary matrix products: many tokens share each weight, so arithmetic is what costs here.
         """
         w, cfg, n = self.weights, self.cfg, len(prompts)
-        lengths = [len(p) for p in prompts]
-        longest = max(lengths)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        longest = int(lengths.max())
         ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device)
         dtype = torch.float32 if w.kind == "float32" else _wide_products(self.device)
+        norm = lambda x, i: F.rms_norm(x, (cfg.dim,), w.norms[i].to(dtype), cfg.norm_eps)
+        product = lambda x, matrix: F.linear(x, matrix.dense().to(dtype))
+        heads = lambda x: x.unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
+        queries = cfg.n_heads * cfg.head_dim
         cos, sin = w.cos[None, :longest], w.sin[None, :longest]
         x = w.embedding[:, : cfg.dim][ids].to(dtype)
-        sizes = [cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads]
         for i, layer in enumerate(w.layers):
-            h = F.rms_norm(x, (cfg.dim,), w.norms[2 * i].to(dtype), cfg.norm_eps)
-            heads = F.linear(h, layer["qkv"].dense().to(dtype)).unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
-            q, k, v = heads.split(sizes, dim=1)
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            h = norm(x, 2 * i)
+            if i < cfg.n_layers - 1:
+                q, k, v = heads(product(h, layer["qkv"])).tensor_split([cfg.n_heads, cfg.n_heads + cfg.n_kv_heads], 1)
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+                mixed = _attention(q, k, v)
+            else:  # what goes on from here is the last token of each prompt; the others leave their keys and values
+                k, v = heads(product(h, layer["qkv"].rows(queries))).chunk(2, dim=1)
+                ends = torch.arange(n, device=self.device), lengths - 1
+                x, q = x[ends][:, None], heads(product(h[ends][:, None], layer["qkv"].rows(0, queries)))
+                q, k = apply_rope(q, w.cos[ends[1]][:, None], w.sin[ends[1]][:, None]), apply_rope(k, cos, sin)
+                seen = torch.arange(longest, device=self.device) < lengths[:, None, None, None]
+                mixed = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=cfg.n_heads != cfg.n_kv_heads)
             self.keys[i, :n, :, :longest, : cfg.head_dim] = k
             self.values[i, :n, :, :longest, : cfg.head_dim] = v
-            mixed = _attention(q, k, v)
-            x = x + F.linear(mixed.transpose(1, 2).flatten(2), layer["o"].dense().to(dtype))
-            h = F.rms_norm(x, (cfg.dim,), w.norms[2 * i + 1].to(dtype), cfg.norm_eps)
-            gate, up = F.linear(h, layer["13"].dense().to(dtype)).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer["2"].dense().to(dtype))
-        last = x[range(n), [length - 1 for length in lengths]]
+            x = x + product(mixed.transpose(1, 2).flatten(2), layer["o"])
+            gate, up = product(norm(x, 2 * i + 1), layer["13"]).chunk(2, dim=-1)
+            x = x + product(F.silu(gate).mul_(up), layer["2"])
         self.lengths[:] = 0
-        self.lengths[:n] = lengths
-        return _rows_of(w.output, F.rms_norm(last, (cfg.dim,), w.norms[-1].to(dtype), cfg.norm_eps))
+        self.lengths[:n] = lengths.cpu()
+        return _rows_of(w.output, norm(x[:, 0], -1))
 
     @torch.no_grad()
     def step(

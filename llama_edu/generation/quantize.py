@@ -106,6 +106,11 @@ class Packed:
         scales = first.scales if first.kind in ("float32", "bfloat16") else torch.cat([p.scales for p in parts])
         return cls(first.kind, torch.cat([p.values for p in parts]), scales, first.columns)
 
+    def rows(self, start: int, stop: int | None = None) -> "Packed":
+        """Some of the rows, in the same memory."""
+        scales = self.scales if self.kind in ("float32", "bfloat16") else self.scales[start:stop]
+        return replace(self, values=self.values[start:stop], scales=scales)
+
     def dense(self) -> Float[Tensor, "rows cols"]:
         """The matrix that the numbers stand for: float32, or bfloat16 where that is what they are."""
         if self.kind == "int4":
