@@ -14,7 +14,7 @@ same machine, and a ratio is the median over the rounds of the ratio within each
 Ours computes the loss in chunks, clips inside the optimiser's step, and lets the allocator keep what is freed, as
 `llama-edu train --loss-chunk 512` does; --keep-freed gives the allocator of the others the same order. "ours, bf16" has
 bfloat16 products beside float32 weights and a bfloat16 residual stream (`--precision bf16_copies`); plain "ours" is
-autocast then. Compiled means a layer at a time for ours, the whole model for the others.
+autocast then. Compiled means a layer at a time for ours, with `--recompute selective`, the whole model for the others.
 
 "moved" counts the bytes that a step reads and writes outside of matrix products and attention. It is the same on every
 machine, busy or not, and is what is left of the time where products are quick. A processor without instructions for
@@ -44,6 +44,7 @@ from llama_edu.training import backward_batch, has_bf16, make_optimizer, measure
 from llama_edu.training.loss import CHUNK
 from llama_edu.training.optimizer import clip_in_step
 from llama_edu.training.precision import bf16_products
+from llama_edu.training.recompute import compile_layers
 from llama_edu.training.utilisation import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -116,8 +117,7 @@ def make_step(name: str, cfg: LlamaConfig, batch: int, seq: int, dtype: str, com
             bf16_products(model, model.optimizer)
             autocast = False
         if compiled:
-            for layer in model.layers.values():
-                layer.compile(dynamic=False)
+            compile_layers(model, "selective")
         return partial(our_step, model, Batch(x, y, torch.zeros_like(x)), autocast)
     if name == "transformers":
         from transformers import LlamaConfig as HFConfig

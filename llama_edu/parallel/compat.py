@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch._functorch.config
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 
 __all__ = [
     "arrived",
-    "compiler_recomputes",
     "flatten_mesh",
     "own_schedule",
     "pair_mesh",
@@ -34,11 +31,6 @@ def arrived(x: Tensor) -> Tensor:
     A compiled function takes the waiting kind for a constant: it would get no gradient.
     """
     return x.clone() if isinstance(x, AsyncCollectiveTensor) else x
-
-
-def compiler_recomputes(everything: bool) -> AbstractContextManager:
-    """While functions are compiled: keep only what products and attention give, and compute all else again."""
-    return torch._functorch.config.patch(aggressive_recomputation=everything)
 
 
 def flatten_mesh(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:

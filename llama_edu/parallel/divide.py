@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from llama_edu.errors import UserError
-from llama_edu.parallel.compat import arrived, compiler_recomputes
+from llama_edu.parallel.compat import arrived
 from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
 from llama_edu.parallel.pp import Pipeline, cut_stages
 from llama_edu.parallel.tp import apply_tp, head_mesh
+from llama_edu.training.recompute import compile_layers, compiler_recomputes
 from llama_edu.training.recompute import recompute as apply_recompute
 
 __all__ = ["parallelize"]
@@ -69,10 +70,10 @@ def parallelize(
         if compile and plan.tp > 1:
             for layer in stage.layers.children():
                 _compile_divided(layer, tp, recompute)
+        elif compile:
+            compile_layers(stage, recompute)
         else:
             apply_recompute(stage, recompute)
-            for layer in stage.layers.children() if compile else ():
-                layer.compile(dynamic=False)
     if plan.pp == 1:
         return apply_fsdp(model, shards, reshard_after_forward=plan.reshard_after_forward, bf16=bf16)
     pipeline = Pipeline(

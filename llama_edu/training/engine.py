@@ -22,7 +22,7 @@ from llama_edu.training.evaluation import evaluate
 from llama_edu.training.loss import backward_batch
 from llama_edu.training.optimizer import clip_in_step, make_optimizer
 from llama_edu.training.precision import bf16_products
-from llama_edu.training.recompute import recompute
+from llama_edu.training.recompute import compile_layers, recompute
 
 if TYPE_CHECKING:
     from llama_edu.training.config import TrainConfig
@@ -66,11 +66,8 @@ class Engine:
         Args:
             model: the whole model, with the same weights on all ranks; it may still be on the CPU.
         """
-        model = recompute(model.to(self.device(config.device), torch.float32).train(), config.recompute)
-        if config.compile:
-            for layer in model.layers.values():  # compiled once, and shared by all of them
-                layer.compile(dynamic=False)
-        return model
+        model = model.to(self.device(config.device), torch.float32).train()
+        return (compile_layers if config.compile else recompute)(model, config.recompute)
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """The optimiser of this rank's parameters, with moments that exist from the start."""

@@ -6,8 +6,13 @@ __all__ = ['recompute']
 # %% ../../notebooks/31_training.ipynb #9c88b7fd
 __doc__ = "Activation checkpointing: what the backward pass needs is computed again instead of kept."
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
+import torch
+import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -26,7 +31,7 @@ def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 def recompute(model: nn.Module, mode: str) -> nn.Module:
     """Choose what each layer of a model keeps for the backward pass. Changes memory and time, no result.
 
-    Names of parameters and the state dict stay as they are; apply it before compiling and before sharding.
+    Names of parameters and the state dict stay as they are; apply it before sharding. `compile_layers` is for both.
 
     Args:
         model: one with `layers`, a ModuleDict or ModuleList. It is changed, and returned.
@@ -40,9 +45,39 @@ def recompute(model: nn.Module, mode: str) -> nn.Module:
         raise UserError(f"recompute is {mode!r}; it must be none, selective or full")
     for layer in model.layers.children():
         layer.__dict__.pop("forward", None)
-        if mode != "none":
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            if mode == "selective":
-                options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-            layer.forward = partial(checkpoint, layer.forward, **options)
+        if mode == "selective":
+            layer.forward = _again(layer.forward, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+        elif mode == "full":
+            layer.forward = _again(layer.forward)
     return model
+
+
+def _again(forward: Callable, **options: Any) -> Callable:
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def compiler_recomputes(everything: bool) -> AbstractContextManager:
+    """While functions are compiled: keep only what products and attention give, and compute all else again."""
+    return torch._functorch.config.patch(aggressive_recomputation=everything)
+
+
+def compile_layers(model: nn.Module, mode: str) -> nn.Module:
+    """Compile each layer, at its first batch, and choose what it keeps as `recompute` does.
+
+    "selective" is the compiler's own rule here. It sees the whole layer, so of q before and after its rotation it keeps
+    one, and it computes again inside of the backward pass's own loops. "full" runs the compiled layer again: PyTorch
+    compiles nothing inside of a checkpoint.
+    """
+    recompute(model, "none" if mode in ("selective", "full") else mode)
+    for layer in model.layers.children():
+        if mode == "none":
+            layer.compile(dynamic=False)
+            continue
+        compiled = torch.compile(layer.forward, dynamic=False)
+        layer.forward = _again(compiled) if mode == "full" else partial(_keep_little, compiled)
+    return model
+
+
+def _keep_little(compiled: Callable, *args: Any) -> Any:
+    with compiler_recomputes(True):  # it compiles at the first call
+        return compiled(*args)
