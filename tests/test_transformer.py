@@ -219,6 +219,23 @@ def test_half_precision_keeps_float32_angles_and_logits():
     assert mixed.dtype == torch.float32 and (mixed - exact).square().mean().sqrt() < 0.1
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "autocast"])
+def test_logits_of_many_positions_are_those_with_gradients(kind):
+    """Without gradients they are widened some rows at a time."""
+    model = build(n_kv_heads=2)
+    if kind != "autocast":
+        model.to(getattr(torch, kind))
+    tokens = torch.randint(300, (5, 211), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        hidden = model.hidden(tokens).detach()
+        with_gradients = model._logits(hidden)
+        with torch.no_grad():
+            without = model._logits(hidden)
+    assert with_gradients.requires_grad and not without.requires_grad
+    assert without.dtype == torch.float32 and without.shape == (5, 211, 300)
+    torch.testing.assert_close(without, with_gradients.detach(), rtol=2**-7, atol=1e-3)
+
+
 def test_by_hand_and_by_autograd_give_the_same_gradients():
     model = build(n_kv_heads=2).double()
     tokens, found = ids(), []

@@ -46,6 +46,9 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 # %% ../../notebooks/24_transformer.ipynb #f5264d11
+_ROWS = 512  # positions whose scores are computed at a time where they are widened
+
+
 class Transformer(nn.Module):
     """A Llama: token ids in, one logit for every token of the vocabulary out.
 
@@ -154,8 +157,19 @@ class Transformer(nn.Module):
             ValueError: the sequence is longer than `cfg.max_seq_len`, or `document_ids` come with a cache.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, cache=cache)
-        if self.output is None:
-            return x
+        return x if self.output is None else self._logits(x)
+
+    def _logits(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq vocab"]:
+        """Scores, float32 at least. A CPU widens many of them some rows at a time, while those are in its cache."""
+        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain and not torch.is_grad_enabled() and x.shape[:2].numel() > _ROWS:
+            narrow = self.output(x[:0]).dtype  # of a product without rows: what the weights or autocast make of it
+            wide = torch.promote_types(narrow, torch.float32)
+            if narrow != wide:
+                logits = x.new_empty(*x.shape[:2], self.output.weight.shape[0], dtype=wide)
+                for rows, scores in zip(x.flatten(0, 1).split(_ROWS), logits.flatten(0, 1).split(_ROWS)):
+                    scores.copy_(self.output(rows))
+                return logits
         logits = self.output(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
