@@ -250,8 +250,11 @@ class GPTFast(Torch):
         from llama_edu.model.rope import rope_table
 
         self.cos, self.sin = (t.to(args.device) for t in rope_table(cfg))
-        shape = (cfg.n_layers, 2, args.batch, cfg.n_kv_heads, PROMPT + DECODE, cfg.head_dim)
-        self.cache = torch.zeros(shape, dtype=dtype, device=args.device)
+        zeros = lambda: torch.zeros(
+            (args.batch, cfg.n_kv_heads, PROMPT + DECODE, cfg.head_dim), dtype=dtype, device=args.device
+        )
+        # Tensors of their own: of one tensor for all layers the compiler would copy the whole for each layer's tokens.
+        self.cache = [(zeros(), zeros()) for _ in range(cfg.n_layers)]
         self.norm = torch.ones(cfg.dim, dtype=dtype, device=args.device)
         self.finish(args)
 
@@ -261,7 +264,7 @@ class GPTFast(Torch):
 
         cfg, x = self.cfg, self.table(tokens)
         cos, sin = self.cos[position], self.sin[position]
-        mask = (torch.arange(self.cache.shape[-2], device=tokens.device) <= position[:, None])[None, None]
+        mask = (torch.arange(PROMPT + DECODE, device=tokens.device) <= position[:, None])[None, None]
         normalise = lambda x: F.rms_norm(x, self.norm.shape, self.norm, cfg.norm_eps)
 
         def turn(t: Any) -> Any:
@@ -271,10 +274,10 @@ class GPTFast(Torch):
         for i, (wqkv, wo, w13, w2) in enumerate(self.layers):
             t = wqkv(normalise(x)).unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
             q, k, v = t.split([cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads], dim=1)
-            self.cache[i, 0].index_copy_(2, position, turn(k))
-            self.cache[i, 1].index_copy_(2, position, v)
+            keys, values = self.cache[i]
+            keys.index_copy_(2, position, turn(k))
+            values.index_copy_(2, position, v)
             grouped = cfg.n_heads != cfg.n_kv_heads
-            keys, values = self.cache[i, 0], self.cache[i, 1]
             y = F.scaled_dot_product_attention(turn(q), keys, values, mask, enable_gqa=grouped)
             x = x + wo(y.transpose(1, 2).flatten(2))
             gate, up = w13(normalise(x)).chunk(2, -1)

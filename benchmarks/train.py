@@ -226,7 +226,8 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
     field = [Contestant(name, args, size, dtype, compiled) for name in names]
     try:
         for round_ in range(args.repeats + 1):  # the first round warms up
-            for one in field:
+            first = round_ % len(field)  # nobody always follows the same one
+            for one in field[first:] + field[:first]:
                 one.step(counts=round_ > 0)
         moved = {one.name: None if compiled else one.ask("moved")["moved"] / 1e9 for one in field}
     finally:
