@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 __all__ = ["LANES", "Team", "compiled", "prepare_rows", "product_rows", "work"]
 
 LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
-_AHEAD = 4096  # bytes between what is read and what is asked for; the shortest loop runs ahead better by itself
+_AHEAD = 4096  # bytes between what is read and what is asked for
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -151,6 +151,7 @@ def _product(rows: int, columns: int) -> Callable:
             weights = []
             for i in range(rows):
                 offset = b.lshr(b.mul(at, const(int(2 * width))), const(1))
+                # The shortest loop leaves the processor time to run ahead by itself, and is 15 % slower if told to.
                 for line in range(0 if form == "bfloat16" else max(1, int(32 * width) // 64)):
                     place = _address(b, w_row[i], b.add(offset, const(_AHEAD + 64 * line)), _I8)
                     b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
