@@ -238,6 +238,19 @@ class Torchrun:
 
         self.wait_for(halted)
 
+    def stop_between_collectives(self, pid: int, records: Path) -> None:
+        """Halt rank 1 when the other waits for it: halted inside of a collective it would have begun that one."""
+
+        def halted():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.3)
+            if read_flight_records(records).late == (1,):
+                return True
+            os.kill(pid, signal.SIGCONT)
+            return False
+
+        self.wait_for(halted)
+
     def end(self) -> tuple[str, list[tuple[int, float]]]:
         """Hash of the weights, and the losses."""
         assert self.process.wait(240) == 0, self.spoken.read_text()
@@ -261,7 +274,7 @@ def test_torchrun_goes_on_after_every_fault(tmp_path):
         job.stop_in_a_save(job.pid(1, 1))
         os.kill(job.pid(1, 1), signal.SIGKILL)  # killed while saving
         job.trains(2)
-        os.kill(job.pid(2, 1), signal.SIGSTOP)  # hangs
+        job.stop_between_collectives(job.pid(2, 1), tmp_path / "struck" / "flight" / "attempt_2")  # hangs
         job.wait_for(lambda: "does not answer" in job.spoken.read_text())
         os.kill(job.pid(2, 1), signal.SIGKILL)  # as the launcher would 30 s later
         job.trains(3)
