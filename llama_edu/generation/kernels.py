@@ -392,6 +392,23 @@ def _to_bytes(x, out):
 
 
 @compiled
+def _as_bytes(memory, n, width):
+    """Room for n vectors of `_to_bytes`: a byte a number, four a scale, four for the sum."""
+    stride = width + width // 8 + 4
+    return memory.view(np.int8)[: n * stride].reshape((n, stride))
+
+
+@compiled
+def _as_shorts(memory, n, width):
+    return memory.view(np.uint16)[: n * width].reshape((n, width))
+
+
+@compiled
+def _as_floats(memory, n, width):
+    return memory[: n * width].reshape((n, width))
+
+
+@compiled
 def prepare_rows(w, x, memory, n):
     """n vectors in the form in which these weights are multiplied, into `memory`, the float32 of this thread.
 
@@ -400,17 +417,16 @@ def prepare_rows(w, x, memory, n):
     """
     width = x.shape[1]
     if _byte_dots(w):
-        stride = width + width // 8 + 4
-        as_bytes = memory.view(np.int8)[: n * stride].reshape((n, stride))
+        rows = _as_bytes(memory, n, width)
         for j in range(n):
-            _to_bytes(x[j], as_bytes[j])
+            _to_bytes(x[j], rows[j])
     elif _short_dots(w):
-        rounded = memory.view(np.uint16)[: n * width].reshape((n, width))
+        rounded = _as_shorts(memory, n, width)
         for j in range(n):
             for i in range(width):
                 rounded[j, i] = _narrow(x[j, i], rounded)
     elif _halves(w):
-        halves = memory[: n * width].reshape((n, width))
+        halves = _as_floats(memory, n, width)
         for j in range(n):
             for g in range(0, width, 32):
                 for i in range(16):
@@ -423,14 +439,11 @@ def product_rows(w, scales, x, memory, out, first, last, n):
     """out[j, r] = w[r] . x[j] for rows first <= r < last and j < n, after `prepare_rows` of the same x."""
     width = x.shape[1]
     if _byte_dots(w):
-        stride = width + width // 8 + 4
-        as_bytes = memory.view(np.int8)[: n * stride].reshape((n, stride))
-        _product_rows(w, scales, as_bytes, out, first, last, n)
+        _product_rows(w, scales, _as_bytes(memory, n, width), out, first, last, n)
     elif _short_dots(w):
-        rounded = memory.view(np.uint16)[: n * width].reshape((n, width))
-        _product_rows(w, scales, rounded, out, first, last, n)
+        _product_rows(w, scales, _as_shorts(memory, n, width), out, first, last, n)
     elif _halves(w):
-        _product_rows(w, scales, memory[: n * width].reshape((n, width)), out, first, last, n)
+        _product_rows(w, scales, _as_floats(memory, n, width), out, first, last, n)
     else:
         _product_rows(w, scales, x, out, first, last, n)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.checkpoint import checkpoint
 
-from llama_edu.errors import UserError
 from llama_edu.parallel.compat import arrived
 from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.fsdp import apply_fsdp, fsdp_mesh
 from llama_edu.parallel.pp import Pipeline, cut_stages
 from llama_edu.parallel.tp import apply_tp, head_mesh
-from llama_edu.training.recompute import compile_layers, compiler_recomputes
+from llama_edu.training.recompute import check_mode, compile_layers, compiler_recomputes, run_again
 from llama_edu.training.recompute import recompute as apply_recompute
 
 __all__ = ["parallelize"]
@@ -51,8 +47,7 @@ def parallelize(
         UserError: the model cannot be divided so.
     """
     plan.check_model(model.cfg)
-    if recompute not in ("none", "selective", "full"):
-        raise UserError(f"recompute is {recompute!r}; it must be none, selective or full")
+    check_mode(recompute)
     layers = plan.stage_layers(model.cfg.n_layers)
     rank = mesh["pp"].get_local_rank()
     stages = {i: part for i, part in enumerate(cut_stages(model, layers)) if i % plan.pp == rank}
@@ -111,6 +106,4 @@ def _compile_divided(layer: nn.Module, tp: DeviceMesh, recompute: str) -> None:
             y = compiled(arrived(x.to_local()), *rest)
         return DTensor.from_local(y, tp, [Shard(1)], run_check=False)
 
-    if recompute == "full":
-        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    layer.forward = forward
+    layer.forward = run_again(forward) if recompute == "full" else forward
