@@ -42,7 +42,7 @@ def in_bytes(x):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("n", [1, 3, 6, 8, 13])
+@pytest.mark.parametrize("n", [1, 2, 3, 6, 8, 13])
 def test_the_product_is_that_of_the_dense_weights(kind, n):
     torch.manual_seed(n)
     packed, x = Packed.of(torch.randn(11, 96), kind), torch.randn(16, 96) * torch.logspace(-3, 3, 16)[:, None]
@@ -51,9 +51,9 @@ def test_the_product_is_that_of_the_dense_weights(kind, n):
     out, memory = np.zeros((16, 11), np.float32), np.zeros(16 * 96, np.float32)
     prepare_rows(fast._arrays(packed)[0], x.numpy(), memory, n)
     product_rows(*fast._arrays(packed), x.numpy(), memory, out, 1, 10, n)
-    if kind == "int8" and kernels._has_dots(kind):
+    if kernels._dots(kind) == "int8":
         x = in_bytes(x)
-    elif kind == "bfloat16" and kernels._has_dots(kind):
+    elif kernels._dots(kind) == "bfloat16":
         x = x.bfloat16()
     exact = (x.double() @ packed.dense().double().T).numpy()
     size = x.double().norm(dim=1)[:n, None].numpy()
@@ -78,8 +78,8 @@ def test_products_are_right_on_a_processor_that_is_asked_for_less():
 import numpy as np, torch
 from llama_edu.generation import fast, kernels
 from llama_edu.generation.quantize import Packed
-for kind in ("bfloat16", "int8"):
-    assert not kernels._has_dots(kind)
+for kind in ("bfloat16", "int8", "int4"):
+    assert kernels._dots(kind) is None
     packed, x = Packed.of(torch.randn(11, 96), kind), torch.randn(16, 96)
     out, memory = np.zeros((16, 11), np.float32), np.zeros(16 * 96, np.float32)
     kernels.prepare_rows(fast._arrays(packed)[0], x.numpy(), memory, 16)
@@ -149,7 +149,7 @@ def test_weights_may_be_quantised_before_or_by_the_decoder(kind):
     for decoder in (a, b):
         first = decoder.prefill([prompt])
         torch.testing.assert_close(first[0], exact[2], rtol=0, atol=0.05 * float(exact.std()))  # its cache is bfloat16
-        most = 0.1 if kind == "int8" and kernels._has_dots(kind) else 0.05  # activations in bytes
+        most = 0.1 if kernels._dots(kind) else 0.05  # activations in bytes
         torch.testing.assert_close(decoder.step([5])[0], exact[3], rtol=0, atol=most * float(exact.std()))
 
 

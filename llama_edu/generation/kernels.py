@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 __all__ = ["LANES", "Team", "compiled", "prepare_rows", "product_rows", "work"]
 
 LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
-_AHEAD = 4096  # bytes between what is read and what is asked for
+_AHEAD = 4096  # bytes between the end of what is read and what is asked for
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
@@ -66,19 +66,27 @@ def _load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> i
     return b.load(_address(b, base, offset, kind), align=1)
 
 
+def _nibbles(b: ir.IRBuilder, row: ir.Value, at: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The next 32 weights of an int4 row, 8 added to each: the first 16 in low bits, the others in high ones."""
+    packed = _load(b, row, b.lshr(at, ir.Constant(_I64, 1)), _vector(_I8))
+    return b.and_(packed, _splat(_I8, 15)), b.lshr(packed, _splat(_I8, 4))
+
+
+def _group_scale(b: ir.IRBuilder, scales: ir.Value, at: ir.Value) -> ir.Value:
+    """The scale of the next 32 weights of an int4 row, in float32."""
+    scale = _load(b, scales, b.lshr(at, ir.Constant(_I64, 4)), _I16)
+    return b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32)
+
+
 def _expand(b: ir.IRBuilder, kind: str, row: ir.Value, scales: ir.Value, at: ir.Value) -> list[ir.Value]:
     """The next 32 weights of a row as two float32 vectors; those in bfloat16 as the even ones and the odd ones.
 
     A bfloat16 is the upper half of a float32. Two neighbours are the halves of 32 bits, so a shift gives one and a mask
     the other, without spreading 16 numbers over a register first.
     """
-    if kind == "int4":  # 32 weights in 16 bytes: the first half in the low bits, the second in the high ones
-        packed = _load(b, row, b.lshr(at, ir.Constant(_I64, 1)), _vector(_I8))
-        scale = b.load(_address(b, scales, b.lshr(at, ir.Constant(_I64, 4)), _I16), align=1)
-        scale = _broadcast(b, b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32), LANES)
-        low = b.and_(packed, _splat(_I8, 15))
-        high = b.lshr(packed, _splat(_I8, 4))
-        halves = [b.sext(b.sub(half, _splat(_I8, 8)), _vector(_I32)) for half in (low, high)]
+    if kind == "int4":
+        halves = [b.sext(b.sub(half, _splat(_I8, 8)), _vector(_I32)) for half in _nibbles(b, row, at)]
+        scale = _broadcast(b, _group_scale(b, scales, at), LANES)
         return [b.fmul(b.sitofp(half, _vector(_F32)), scale) for half in halves]
     if kind == "bfloat16":
         pairs = _load(b, row, b.shl(at, ir.Constant(_I64, 1)), _vector(_I32))
@@ -113,7 +121,7 @@ def _product(rows: int, columns: int) -> Callable:
         form = {types.float32: "float32", types.uint16: "bfloat16", types.int8: "int8"}[x.dtype]
 
         def codegen(context, b, signature, args):
-            if form != "float32" and not (form == kind and _has_dots(kind)):
+            if form != "float32" and form != _dots(kind):
                 return context.get_dummy_value()  # compiled beside what is used here, never called
             arrays = [context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 1, 3, 5)]
             w, scales, x, out = arrays
@@ -148,20 +156,28 @@ def _product(rows: int, columns: int) -> Callable:
             for s in sums:
                 s.add_incoming(_splat(_F32, 0.0, n), before)
             new = list(sums)
+            here = b.lshr(b.mul(at, const(int(2 * width))), const(1))  # bytes from the beginning of a row
+            # A processor guesses what a single row reads next, but loses its way among four side by side. So ask, in
+            # the order of memory, for what follows these rows. One row of bfloat16 runs ahead by itself, faster.
+            if rows > 1 or form != "bfloat16":
+                ahead = b.add(b.mul(b.add(here, row_bytes), const(rows)), const(_AHEAD))
+                for line in range(max(1, int(32 * width * rows) // 64)):
+                    place = _address(b, w_row[0], b.add(ahead, const(64 * line)), _I8)
+                    b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 2, 1))])  # into the second cache
             weights = []
             for i in range(rows):
-                offset = b.lshr(b.mul(at, const(int(2 * width))), const(1))
-                # The shortest loop leaves the processor time to run ahead by itself, and is 15 % slower if told to.
-                for line in range(0 if form == "bfloat16" else max(1, int(32 * width) // 64)):
-                    place = _address(b, w_row[i], b.add(offset, const(_AHEAD + 64 * line)), _I8)
-                    b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 3, 1))])
                 if form == "float32":
                     weights.append(_expand(b, kind, w_row[i], s_row[i], at))
                 elif form == "bfloat16":  # 32 of them in one register, as they are
-                    weights.append(_load(b, w_row[i], offset, whole_n))
-                else:  # plus 128, because the instruction takes bytes without a sign on one side
-                    signed = _load(b, w_row[i], offset, _vector(_I8, 32))
+                    weights.append(_load(b, w_row[i], here, whole_n))
+                elif kind == "int8":  # plus 128, because the instruction takes bytes without a sign on one side
+                    signed = _load(b, w_row[i], here, _vector(_I8, 32))
                     weights.append(b.bitcast(b.xor(signed, _splat(_I8, -128, 32)), whole_n))
+                else:  # plus 8, as they are
+                    both = b.shuffle_vector(*_nibbles(b, w_row[i], at), ir.Constant(_vector(_I32, 32), list(range(32))))
+                    weights.append(b.bitcast(both, whole_n))
+            if form == "int8" and kind == "int4":
+                w_scales = [_broadcast(b, _group_scale(b, row, at), n) for row in s_row]
             for j in range(columns):
                 if form == "float32":
                     offsets = [b.shl(b.add(at, const(u * LANES)), const(2)) for u in range(2)]
@@ -172,6 +188,9 @@ def _product(rows: int, columns: int) -> Callable:
                     values = _load(b, x_row[j], at, whole_n)
                     scale = _load(b, x_row[j], b.add(length, b.lshr(at, const(3))), _F32)
                     scale = _broadcast(b, scale, n)
+                    start = _splat(_I32, 0, n)
+                    if kind == "int4":  # take off what the 8 of each weight will add
+                        start = b.neg(b.call(dot, [start, b.bitcast(_splat(_I8, 8, 32), whole_n), values]))
                 for i in range(rows):
                     k = (i * columns + j) * several
                     if form == "float32":
@@ -181,8 +200,9 @@ def _product(rows: int, columns: int) -> Callable:
                     if form == "bfloat16":
                         total = b.call(dot, [new[k], weights[i], values])
                     else:
-                        whole = b.call(dot, [_splat(_I32, 0, n), weights[i], values])
-                        total = b.call(fma, [b.sitofp(whole, float_n), scale, new[k]])
+                        part = b.sitofp(b.call(dot, [start, weights[i], values]), float_n)
+                        part = b.fmul(part, w_scales[i]) if kind == "int4" else part
+                        total = b.call(fma, [part, scale, new[k]])
                     new[k : k + several] = [*new[k + 1 : k + several], total]  # the accumulators take turns
             following = b.add(at, const(2 * LANES))
             at.add_incoming(following, b.basic_block)
@@ -193,13 +213,13 @@ def _product(rows: int, columns: int) -> Callable:
             add = declare(f"llvm.vector.reduce.fadd.v{n}f32", _F32, [_F32, float_n])
             out_bytes = b.shl(shape(out, 1), const(2))
             for j in range(columns):
-                if form == "int8":  # what the 128 of all weights have added
+                if form == kind == "int8":  # what the 128 of all weights have added
                     excess = _load(b, x_row[j], b.add(length, b.lshr(length, const(3))), _F32)
                 for i in range(rows):
                     k = (i * columns + j) * several
                     total = new[k] if several == 1 else b.fadd(new[k], new[k + 1])
                     total = b.call(add, [ir.Constant(_F32, -0.0), total], fastmath=("reassoc",))
-                    if form == "int8":
+                    if form == kind == "int8":
                         total = b.fsub(total, excess)
                     if kind == "int8":
                         total = b.fmul(total, b.load(b.bitcast(s_row[i], _F32.as_pointer())))
@@ -212,16 +232,20 @@ def _product(rows: int, columns: int) -> Callable:
     return product
 
 
-_one, _one_by_four, _four_by_four = _product(1, 1), _product(1, 4), _product(4, 4)
+_one, _one_by_four, _four_by_one, _four_by_four = _product(1, 1), _product(1, 4), _product(4, 1), _product(4, 4)
 
 
-def _has_dots(kind: str) -> bool:
-    """Whether machine code is made for this processor, and it has a dot product of such numbers."""
+def _dots(kind: str) -> str | None:
+    """The kind of number that vectors are rounded to for weights of this kind; None where they are not.
+
+    That is where machine code is made for this processor, and it has a dot product of such numbers.
+    """
     own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
     has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
     if kind == "bfloat16":
-        return bool(has("avx512bf16"))
-    return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
+        return kind if has("avx512bf16") else None
+    whole = kind in ("int8", "int4") and (has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
+    return "int8" if whole else None
 
 
 def _constant(test: Callable[[str], bool]) -> Callable:
@@ -237,8 +261,8 @@ def _constant(test: Callable[[str], bool]) -> Callable:
     return answer
 
 
-_short_dots = _constant(lambda kind: kind == "bfloat16" and _has_dots(kind))
-_byte_dots = _constant(lambda kind: kind == "int8" and _has_dots(kind))
+_short_dots = _constant(lambda kind: _dots(kind) == "bfloat16")
+_byte_dots = _constant(lambda kind: _dots(kind) == "int8")
 _halves = _constant(lambda kind: kind == "bfloat16")
 
 
@@ -344,14 +368,13 @@ def _take(sync, most, total, unit):
 @compiled
 def _product_rows(w, scales, x, out, first, last, n):
     r = first
-    while last - r >= 4 and n >= 4:
+    while last - r >= 4 and n > 1:
         j = 0
         while n - j >= 4:
             _four_by_four(w, scales, r, x, j, out)
             j += 4
         while j < n:
-            for i in range(r, r + 4):
-                _one(w, scales, i, x, j, out)
+            _four_by_one(w, scales, r, x, j, out)
             j += 1
         r += 4
     while r < last:
@@ -412,7 +435,7 @@ def _as_floats(memory, n, width):
 def prepare_rows(w, x, memory, n):
     """n vectors in the form in which these weights are multiplied, into `memory`, the float32 of this thread.
 
-    Where the processor has instructions for it, int8 takes bytes and bfloat16 takes bfloat16. Else bfloat16 takes the
+    Where the processor has instructions for it, int8 and int4 take bytes, and bfloat16 bfloat16. Else that takes the
     even numbers of each 32 before the odd ones, as it falls apart itself, and all others take x as it is.
     """
     width = x.shape[1]
