@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CELLS = {
     "15m": [("bfloat16", 1), ("bfloat16", 16), ("int8", 1)],
     "110m": [("bfloat16", 1), ("bfloat16", 16), ("float32", 1)],
-    "1b": [("bfloat16", 1), ("int8", 1)],
+    "1b": [("bfloat16", 1), ("bfloat16", 16), ("int8", 1)],
     "8b": [("bfloat16", 1)],
 }
 # (size, dtype, batch) -> [(our work, against whom, goal)]; "pytorch" is the best of the peers in PyTorch.
