@@ -312,7 +312,7 @@ class FastDecoder:
     The weights are copied into the order in which they are read, so the model may be dropped. Sums are float32,
     whatever the weights are; keys and values are float32 beside float32 weights, else bfloat16. Where the processor has
     a dot product of such numbers, the kernels' products read activations in bfloat16 beside weights in bfloat16, and in
-    bytes, with a scale for each 32, beside int8.
+    bytes, with a scale for each 32, beside int8 and int4.
 
     Args:
         model: plain, or from `quantize`.

@@ -206,8 +206,7 @@ def speculate(
     """Continue one prompt as `target` would, in fewer of its passes.
 
     Temperature 0 gives the target's greedy ids; otherwise every id has the distribution that sampling from the target
-    alone would give it. The two differ in rounding only: several tokens in one pass may be added in another order, and
-    the kernels of `FastDecoder` round the inputs of bfloat16 products to bfloat16 from 8 tokens on.
+    alone would give it. The two differ in rounding only: several tokens in one pass may be added in another order.
 
     Args:
         target, draft: models or decoders with the same vocabulary; or `PromptLookup()` as draft.
