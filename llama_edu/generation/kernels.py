@@ -12,70 +12,55 @@ numba compiles what stands here. Three things decide the speed, and lesson 52 me
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 
-import llvmlite.binding
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["LANES", "Team", "compiled", "prepare_rows", "product_rows", "work"]
+from llama_edu.native import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    address,
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    broadcast,
+    compiled,
+    exp,
+    has_dots,
+    load,
+    narrow,
+    splat,
+    vector,
+    widen,
+)
 
-LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
+__all__ = ["Team", "prepare_rows", "product_rows", "work"]
+
 _AHEAD = 4096  # bytes between the end of what is read and what is asked for
-_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile with numba: outside Python's lock, sums in any order."""
-    function = inspect.unwrap(function)  # a type checker around it, as in tests, would hide the code from numba
-    options = {"nogil": True, "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep machine code in: compile in each process
-        return numba.njit(**options)(function)
-
-
-def _vector(kind: ir.Type, n: int = LANES) -> ir.VectorType:
-    return ir.VectorType(kind, n)
-
-
-def _splat(kind: ir.Type, value: float, n: int = LANES) -> ir.Constant:
-    return ir.Constant(_vector(kind, n), [value] * n)
-
-
-def _broadcast(b: ir.IRBuilder, value: ir.Value, n: int) -> ir.Value:
-    one = b.insert_element(ir.Constant(_vector(value.type, n), ir.Undefined), value, ir.Constant(_I32, 0))
-    return b.shuffle_vector(one, one, _splat(_I32, 0, n))
-
-
-def _address(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-    """A pointer to `kind`, `offset` bytes behind the pointer `base`."""
-    return b.bitcast(b.gep(b.bitcast(base, _I8.as_pointer()), [offset]), kind.as_pointer())
-
-
-def _load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
-    return b.load(_address(b, base, offset, kind), align=1)
 
 
 def _nibbles(b: ir.IRBuilder, row: ir.Value, at: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The next 32 weights of an int4 row, 8 added to each: the first 16 in low bits, the others in high ones."""
-    packed = _load(b, row, b.lshr(at, ir.Constant(_I64, 1)), _vector(_I8))
-    return b.and_(packed, _splat(_I8, 15)), b.lshr(packed, _splat(_I8, 4))
+    packed = load(b, row, b.lshr(at, ir.Constant(I64, 1)), vector(I8))
+    return b.and_(packed, splat(I8, 15)), b.lshr(packed, splat(I8, 4))
 
 
 def _group_scale(b: ir.IRBuilder, scales: ir.Value, at: ir.Value) -> ir.Value:
     """The scale of the next 32 weights of an int4 row, in float32."""
-    scale = _load(b, scales, b.lshr(at, ir.Constant(_I64, 4)), _I16)
-    return b.bitcast(b.shl(b.zext(scale, _I32), ir.Constant(_I32, 16)), _F32)
+    scale = load(b, scales, b.lshr(at, ir.Constant(I64, 4)), I16)
+    return b.bitcast(b.shl(b.zext(scale, I32), ir.Constant(I32, 16)), F32)
 
 
 def _expand(b: ir.IRBuilder, kind: str, row: ir.Value, scales: ir.Value, at: ir.Value) -> list[ir.Value]:
@@ -85,21 +70,21 @@ def _expand(b: ir.IRBuilder, kind: str, row: ir.Value, scales: ir.Value, at: ir.
     the other, without spreading 16 numbers over a register first.
     """
     if kind == "int4":
-        halves = [b.sext(b.sub(half, _splat(_I8, 8)), _vector(_I32)) for half in _nibbles(b, row, at)]
-        scale = _broadcast(b, _group_scale(b, scales, at), LANES)
-        return [b.fmul(b.sitofp(half, _vector(_F32)), scale) for half in halves]
+        halves = [b.sext(b.sub(half, splat(I8, 8)), vector(I32)) for half in _nibbles(b, row, at)]
+        scale = broadcast(b, _group_scale(b, scales, at), LANES)
+        return [b.fmul(b.sitofp(half, vector(F32)), scale) for half in halves]
     if kind == "bfloat16":
-        pairs = _load(b, row, b.shl(at, ir.Constant(_I64, 1)), _vector(_I32))
-        halves = b.shl(pairs, _splat(_I32, 16)), b.and_(pairs, _splat(_I32, 0xFFFF0000))
-        return [b.bitcast(half, _vector(_F32)) for half in halves]
+        pairs = load(b, row, b.shl(at, ir.Constant(I64, 1)), vector(I32))
+        halves = b.shl(pairs, splat(I32, 16)), b.and_(pairs, splat(I32, 0xFFFF0000))
+        return [b.bitcast(half, vector(F32)) for half in halves]
     vectors = []
     for u in range(2):
-        i = b.add(at, ir.Constant(_I64, u * LANES))
+        i = b.add(at, ir.Constant(I64, u * LANES))
         if kind == "float32":
-            vectors.append(_load(b, row, b.shl(i, ir.Constant(_I64, 2)), _vector(_F32)))
+            vectors.append(load(b, row, b.shl(i, ir.Constant(I64, 2)), vector(F32)))
         else:
-            whole = b.sext(_load(b, row, i, _vector(_I8)), _vector(_I32))
-            vectors.append(b.sitofp(whole, _vector(_F32)))
+            whole = b.sext(load(b, row, i, vector(I8)), vector(I32))
+            vectors.append(b.sitofp(whole, vector(F32)))
     return vectors
 
 
@@ -125,21 +110,21 @@ def _product(rows: int, columns: int) -> Callable:
                 return context.get_dummy_value()  # compiled beside what is used here, never called
             arrays = [context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 1, 3, 5)]
             w, scales, x, out = arrays
-            r, c = (b.sext(args[i], _I64) if args[i].type != _I64 else args[i] for i in (2, 4))
-            const = lambda value: ir.Constant(_I64, value)
+            r, c = (b.sext(args[i], I64) if args[i].type != I64 else args[i] for i in (2, 4))
+            const = lambda value: ir.Constant(I64, value)
             shape = lambda array, axis: b.extract_value(array.shape, axis)
             row_bytes = b.mul(shape(w, 1), const(signature.args[0].dtype.bitwidth // 8))
             length = b.udiv(b.mul(row_bytes, const(2)), const(int(2 * width)))
-            w_row = [_address(b, w.data, b.mul(b.add(r, const(i)), row_bytes), _I8) for i in range(rows)]
+            w_row = [address(b, w.data, b.mul(b.add(r, const(i)), row_bytes), I8) for i in range(rows)]
             per_row = b.mul(shape(scales, 1), const(2 if kind == "int4" else 4))
-            s_row = [_address(b, scales.data, b.mul(b.add(r, const(i)), per_row), _I8) for i in range(rows)]
+            s_row = [address(b, scales.data, b.mul(b.add(r, const(i)), per_row), I8) for i in range(rows)]
             x_bytes = b.mul(shape(x, 1), const(signature.args[3].dtype.bitwidth // 8))
-            x_row = [_address(b, x.data, b.mul(b.add(c, const(j)), x_bytes), _I8) for j in range(columns)]
+            x_row = [address(b, x.data, b.mul(b.add(c, const(j)), x_bytes), I8) for j in range(columns)]
             n = 8 if form == "int8" else LANES  # partial sums of an output that a register holds
-            float_n, whole_n = _vector(_F32, n), _vector(_I32, n)
+            float_n, whole_n = vector(F32, n), vector(I32, n)
             declare = lambda name, *kinds: cgutils.get_or_insert_function(b.module, ir.FunctionType(*kinds), name)
             fma = declare(f"llvm.fma.v{n}f32", float_n, [float_n] * 3)
-            prefetch = declare("llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+            prefetch = declare("llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
             if form == "bfloat16":
                 dot = declare("llvm.x86.avx512bf16.dpbf16ps.512", float_n, [float_n, whole_n, whole_n])
             elif form == "int8":
@@ -150,11 +135,11 @@ def _product(rows: int, columns: int) -> Callable:
             loop, after = b.append_basic_block("loop"), b.append_basic_block("after")
             b.branch(loop)
             b.position_at_end(loop)
-            at = b.phi(_I64)
+            at = b.phi(I64)
             at.add_incoming(const(0), before)
             sums = [b.phi(float_n) for _ in range(rows * columns * several)]
             for s in sums:
-                s.add_incoming(_splat(_F32, 0.0, n), before)
+                s.add_incoming(splat(F32, 0.0, n), before)
             new = list(sums)
             here = b.lshr(b.mul(at, const(int(2 * width))), const(1))  # bytes from the beginning of a row
             # A processor guesses what a single row reads next, but loses its way among four side by side. So ask, in
@@ -162,35 +147,35 @@ def _product(rows: int, columns: int) -> Callable:
             if rows > 1 or form != "bfloat16":
                 ahead = b.add(b.mul(b.add(here, row_bytes), const(rows)), const(_AHEAD))
                 for line in range(max(1, int(32 * width * rows) // 64)):
-                    place = _address(b, w_row[0], b.add(ahead, const(64 * line)), _I8)
-                    b.call(prefetch, [place, *(ir.Constant(_I32, v) for v in (0, 2, 1))])  # into the second cache
+                    place = address(b, w_row[0], b.add(ahead, const(64 * line)), I8)
+                    b.call(prefetch, [place, *(ir.Constant(I32, v) for v in (0, 2, 1))])  # into the second cache
             weights = []
             for i in range(rows):
                 if form == "float32":
                     weights.append(_expand(b, kind, w_row[i], s_row[i], at))
                 elif form == "bfloat16":  # 32 of them in one register, as they are
-                    weights.append(_load(b, w_row[i], here, whole_n))
+                    weights.append(load(b, w_row[i], here, whole_n))
                 elif kind == "int8":  # plus 128, because the instruction takes bytes without a sign on one side
-                    signed = _load(b, w_row[i], here, _vector(_I8, 32))
-                    weights.append(b.bitcast(b.xor(signed, _splat(_I8, -128, 32)), whole_n))
+                    signed = load(b, w_row[i], here, vector(I8, 32))
+                    weights.append(b.bitcast(b.xor(signed, splat(I8, -128, 32)), whole_n))
                 else:  # plus 8, as they are
-                    both = b.shuffle_vector(*_nibbles(b, w_row[i], at), ir.Constant(_vector(_I32, 32), list(range(32))))
+                    both = b.shuffle_vector(*_nibbles(b, w_row[i], at), ir.Constant(vector(I32, 32), list(range(32))))
                     weights.append(b.bitcast(both, whole_n))
             if form == "int8" and kind == "int4":
-                w_scales = [_broadcast(b, _group_scale(b, row, at), n) for row in s_row]
+                w_scales = [broadcast(b, _group_scale(b, row, at), n) for row in s_row]
             for j in range(columns):
                 if form == "float32":
                     offsets = [b.shl(b.add(at, const(u * LANES)), const(2)) for u in range(2)]
-                    values = [_load(b, x_row[j], offset, float_n) for offset in offsets]
+                    values = [load(b, x_row[j], offset, float_n) for offset in offsets]
                 elif form == "bfloat16":
-                    values = _load(b, x_row[j], b.shl(at, const(1)), whole_n)
+                    values = load(b, x_row[j], b.shl(at, const(1)), whole_n)
                 else:
-                    values = _load(b, x_row[j], at, whole_n)
-                    scale = _load(b, x_row[j], b.add(length, b.lshr(at, const(3))), _F32)
-                    scale = _broadcast(b, scale, n)
-                    start = _splat(_I32, 0, n)
+                    values = load(b, x_row[j], at, whole_n)
+                    scale = load(b, x_row[j], b.add(length, b.lshr(at, const(3))), F32)
+                    scale = broadcast(b, scale, n)
+                    start = splat(I32, 0, n)
                     if kind == "int4":  # take off what the 8 of each weight will add
-                        start = b.neg(b.call(dot, [start, b.bitcast(_splat(_I8, 8, 32), whole_n), values]))
+                        start = b.neg(b.call(dot, [start, b.bitcast(splat(I8, 8, 32), whole_n), values]))
                 for i in range(rows):
                     k = (i * columns + j) * several
                     if form == "float32":
@@ -210,21 +195,21 @@ def _product(rows: int, columns: int) -> Callable:
                 s.add_incoming(value, b.basic_block)
             b.cbranch(b.icmp_signed("<", following, length), loop, after)
             b.position_at_end(after)
-            add = declare(f"llvm.vector.reduce.fadd.v{n}f32", _F32, [_F32, float_n])
+            add = declare(f"llvm.vector.reduce.fadd.v{n}f32", F32, [F32, float_n])
             out_bytes = b.shl(shape(out, 1), const(2))
             for j in range(columns):
                 if form == kind == "int8":  # what the 128 of all weights have added
-                    excess = _load(b, x_row[j], b.add(length, b.lshr(length, const(3))), _F32)
+                    excess = load(b, x_row[j], b.add(length, b.lshr(length, const(3))), F32)
                 for i in range(rows):
                     k = (i * columns + j) * several
                     total = new[k] if several == 1 else b.fadd(new[k], new[k + 1])
-                    total = b.call(add, [ir.Constant(_F32, -0.0), total], fastmath=("reassoc",))
+                    total = b.call(add, [ir.Constant(F32, -0.0), total], fastmath=("reassoc",))
                     if form == kind == "int8":
                         total = b.fsub(total, excess)
                     if kind == "int8":
-                        total = b.fmul(total, b.load(b.bitcast(s_row[i], _F32.as_pointer())))
+                        total = b.fmul(total, b.load(b.bitcast(s_row[i], F32.as_pointer())))
                     place = b.add(b.mul(b.add(c, const(j)), out_bytes), b.shl(b.add(r, const(i)), const(2)))
-                    b.store(total, _address(b, out.data, place, _F32), align=4)
+                    b.store(total, address(b, out.data, place, F32), align=4)
             return context.get_dummy_value()
 
         return types.void(w, scales, r, x, c, out), codegen
@@ -236,16 +221,9 @@ _one, _one_by_four, _four_by_one, _four_by_four = _product(1, 1), _product(1, 4)
 
 
 def _dots(kind: str) -> str | None:
-    """The kind of number that vectors are rounded to for weights of this kind; None where they are not.
-
-    That is where machine code is made for this processor, and it has a dot product of such numbers.
-    """
-    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
-    has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
-    if kind == "bfloat16":
-        return kind if has("avx512bf16") else None
-    whole = kind in ("int8", "int4") and (has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
-    return "int8" if whole else None
+    """The kind of number that vectors are rounded to for weights of this kind; None where they are not."""
+    form = "int8" if kind == "int4" else kind
+    return form if has_dots(form) else None
 
 
 def _constant(test: Callable[[str], bool]) -> Callable:
@@ -266,52 +244,6 @@ _byte_dots = _constant(lambda kind: _dots(kind) == "int8")
 _halves = _constant(lambda kind: kind == "bfloat16")
 
 
-@intrinsic
-def _widen(typingctx, value):
-    """float32 from float32 or from the bits of a bfloat16."""
-
-    def codegen(context, b, signature, args):
-        if signature.args[0] == types.float32:
-            return args[0]
-        return b.bitcast(b.shl(b.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
-
-    return types.float32(value), codegen
-
-
-@intrinsic
-def _narrow(typingctx, value, like):
-    """`value`, a float32, as the kind of number that the array `like` holds; bfloat16 to the nearest, ties to even."""
-
-    def codegen(context, b, signature, args):
-        if signature.return_type == types.float32:
-            return args[0]
-        bits = b.bitcast(args[0], _I32)
-        odd = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        nearest = b.add(bits, b.add(odd, ir.Constant(_I32, 0x7FFF)))
-        return b.trunc(b.lshr(nearest, ir.Constant(_I32, 16)), _I16)
-
-    return like.dtype(value, like), codegen
-
-
-def _atomic(operation: str) -> Callable:
-    @intrinsic
-    def run(typingctx, array, index, value):
-        def codegen(context, b, signature, args):
-            data = context.make_array(signature.args[0])(context, b, args[0]).data
-            place = b.gep(data, [args[1]])
-            if operation == "add":
-                return b.atomic_rmw("add", place, args[2], "acq_rel")
-            if operation == "load":
-                return b.load_atomic(place, "acquire", 8)
-            b.store_atomic(args[2], place, "release", 8)
-            return args[2]
-
-        return types.int64(array, types.int64, types.int64), codegen
-
-    return run
-
-
-_atomic_add, _atomic_load, _atomic_store = _atomic("add"), _atomic("load"), _atomic("store")
 if sys.platform == "win32":
     _yield = types.ExternalFunction("SwitchToThread", types.int32())
     _sleep = types.ExternalFunction("Sleep", types.void(types.uint32))  # of milliseconds
@@ -329,7 +261,7 @@ _ARRIVED, _PHASE, _CALLS, _STOP, _TAKEN, _N_SYNC = 0, 8, 16, 24, 32, 40
 def _wait(sync, place, seen):
     """Return when sync[place] differs from `seen`: spin, then let others run, then sleep between looks."""
     spins = 0
-    while _atomic_load(sync, place, 0) == seen:
+    while atomic_load(sync, place, 0) == seen:
         spins += 1
         if spins > 20_000:
             if spins < 40_000:
@@ -341,11 +273,11 @@ def _wait(sync, place, seen):
 @compiled
 def _barrier(sync, n):
     """Return when all `n` threads have come here; the pieces of the next phase are then there to be taken."""
-    phase = _atomic_load(sync, _PHASE, 0)
-    if _atomic_add(sync, _ARRIVED, 1) == n - 1:
-        _atomic_store(sync, _ARRIVED, 0)
-        _atomic_store(sync, _TAKEN, 0)
-        _atomic_store(sync, _PHASE, phase + 1)
+    phase = atomic_load(sync, _PHASE, 0)
+    if atomic_add(sync, _ARRIVED, 1) == n - 1:
+        atomic_store(sync, _ARRIVED, 0)
+        atomic_store(sync, _TAKEN, 0)
+        atomic_store(sync, _PHASE, phase + 1)
     else:
         _wait(sync, _PHASE, phase)
 
@@ -359,7 +291,7 @@ def _take(sync, most, total, unit):
     """
     units = (total + unit - 1) // unit
     pieces = min(units, most)
-    piece = _atomic_add(sync, _TAKEN, 1)
+    piece = atomic_add(sync, _TAKEN, 1)
     if piece >= pieces:
         return 0, 0
     return unit * (units * piece // pieces), min(total, unit * (units * (piece + 1) // pieces))
@@ -447,7 +379,7 @@ def prepare_rows(w, x, memory, n):
         rounded = _as_shorts(memory, n, width)
         for j in range(n):
             for i in range(width):
-                rounded[j, i] = _narrow(x[j, i], rounded)
+                rounded[j, i] = narrow(x[j, i], rounded)
     elif _halves(w):
         halves = _as_floats(memory, n, width)
         for j in range(n):
@@ -469,22 +401,6 @@ def product_rows(w, scales, x, memory, out, first, last, n):
         _product_rows(w, scales, _as_floats(memory, n, width), out, first, last, n)
     else:
         _product_rows(w, scales, x, out, first, last, n)
-
-
-@compiled
-def _exp(x):
-    """e to the x, x <= 88, to 2e-7 of its value, by arithmetic only: a loop over it becomes vector instructions."""
-    y = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
-    whole = np.floor(y + np.float32(0.5))
-    f = (y - whole) * np.float32(0.6931471805599453)
-    p = np.float32(1 / 720)
-    p = p * f + np.float32(1 / 120)
-    p = p * f + np.float32(1 / 24)
-    p = p * f + np.float32(1 / 6)
-    p = p * f + np.float32(0.5)
-    p = p * f + np.float32(1)
-    p = p * f + np.float32(1)
-    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @compiled
@@ -517,7 +433,7 @@ def _attend(q, k, v, none, n_keys, scores, out):
             best = max(best, s[j])
         total = np.float32(0)
         for j in range(n_keys):
-            e = _exp(s[j] - best)
+            e = exp(s[j] - best)
             s[j] = e
             total += e
         o = out[g]
@@ -528,14 +444,14 @@ def _attend(q, k, v, none, n_keys, scores, out):
             v0, v1, v2, v3 = v[j], v[j + 1], v[j + 2], v[j + 3]
             v4, v5, v6, v7 = v[j + 4], v[j + 5], v[j + 6], v[j + 7]
             for d in range(width):
-                even = s[j] * _widen(v0[d]) + s[j + 1] * _widen(v1[d])
-                odd = s[j + 2] * _widen(v2[d]) + s[j + 3] * _widen(v3[d])
-                even += s[j + 4] * _widen(v4[d]) + s[j + 5] * _widen(v5[d])
-                odd += s[j + 6] * _widen(v6[d]) + s[j + 7] * _widen(v7[d])
+                even = s[j] * widen(v0[d]) + s[j + 1] * widen(v1[d])
+                odd = s[j + 2] * widen(v2[d]) + s[j + 3] * widen(v3[d])
+                even += s[j + 4] * widen(v4[d]) + s[j + 5] * widen(v5[d])
+                odd += s[j + 6] * widen(v6[d]) + s[j + 7] * widen(v7[d])
                 o[d] += even + odd
         for j in range(whole, n_keys):
             for d in range(width):
-                o[d] += s[j] * _widen(v[j, d])
+                o[d] += s[j] * widen(v[j, d])
         scale = np.float32(1) / total
         for d in range(width):
             o[d] *= scale
@@ -568,16 +484,16 @@ def work(me, sync, network, state):
     calls = 0
     while True:
         if me == 0:
-            _atomic_add(sync, _CALLS, 1)
+            atomic_add(sync, _CALLS, 1)
         else:
             _wait(sync, _CALLS, calls)
-            calls = _atomic_load(sync, _CALLS, 0)
-            if _atomic_load(sync, _STOP, 0):
+            calls = atomic_load(sync, _CALLS, 0)
+            if atomic_load(sync, _STOP, 0):
                 return
         n = numbers[0]
         for b in range(me, n, threads):
             for i in range(dim):
-                x[b, i] = _widen(embedding[tokens[b], i])
+                x[b, i] = widen(embedding[tokens[b], i])
         _barrier(sync, threads)
         for layer in range(n_layers):
             # Queries, keys and values: whole heads at a time, rotated and stored by the thread that has made them.
@@ -601,11 +517,11 @@ def work(me, sync, network, state):
                         elif head < n_heads + n_kv:
                             to = keys[layer, slots[b], head - n_heads, place]
                             for i in range(head_dim):
-                                to[i] = _narrow(row[i], keys)
+                                to[i] = narrow(row[i], keys)
                         else:
                             to = values[layer, slots[b], head - n_heads - n_kv, place]
                             for i in range(head_dim):
-                                to[i] = _narrow(row[i], values)
+                                to[i] = narrow(row[i], values)
                 first, last = _take(sync, most, heads, 1)
             _barrier(sync, threads)
             first, last = _take(sync, most, n * n_kv, 1)
@@ -640,7 +556,7 @@ def work(me, sync, network, state):
                 for b in range(n):
                     for i in range(first, last):
                         gate, up = gate_up[b, i], gate_up[b, ffn + i]
-                        hidden[b, i] = gate / (np.float32(1) + _exp(min(-gate, np.float32(80.0)))) * up
+                        hidden[b, i] = gate / (np.float32(1) + exp(min(-gate, np.float32(80.0)))) * up
                 first, last = _take(sync, most, ffn, 4)
             _barrier(sync, threads)
             prepare_rows(w2, hidden, memory, n)
@@ -678,8 +594,8 @@ def work(me, sync, network, state):
 
 @compiled
 def _dismiss(sync):
-    _atomic_store(sync, _STOP, 1)
-    _atomic_add(sync, _CALLS, 1)
+    atomic_store(sync, _STOP, 1)
+    atomic_add(sync, _CALLS, 1)
 
 
 class Team:

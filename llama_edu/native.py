@@ -1,0 +1,124 @@
+"""What kernels in machine code are made of: functions that numba compiles, LLVM's vectors, short numbers, threads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile with numba: outside Python's lock, sums in any order."""
+    function = inspect.unwrap(function)  # a type checker around it, as in tests, would hide the code from numba
+    options = {"nogil": True, "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep machine code in: compile in each process
+        return numba.njit(**options)(function)
+
+
+def vector(kind: ir.Type, n: int = LANES) -> ir.VectorType:
+    return ir.VectorType(kind, n)
+
+
+def splat(kind: ir.Type, value: float, n: int = LANES) -> ir.Constant:
+    return ir.Constant(vector(kind, n), [value] * n)
+
+
+def broadcast(b: ir.IRBuilder, value: ir.Value, n: int) -> ir.Value:
+    one = b.insert_element(ir.Constant(vector(value.type, n), ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, splat(I32, 0, n))
+
+
+def address(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    """A pointer to `kind`, `offset` bytes behind the pointer `base`."""
+    return b.bitcast(b.gep(b.bitcast(base, I8.as_pointer()), [offset]), kind.as_pointer())
+
+
+def load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.load(address(b, base, offset, kind), align=1)
+
+
+def has_dots(kind: str) -> bool:
+    """Whether machine code is made for this processor, and it has a dot product of "bfloat16" or of bytes, "int8"."""
+    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
+    has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
+    if kind == "bfloat16":
+        return bool(has("avx512bf16"))
+    return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
+
+
+@intrinsic
+def widen(typingctx, value):
+    """float32 from float32 or from the bits of a bfloat16."""
+
+    def codegen(context, b, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        return b.bitcast(b.shl(b.zext(args[0], I32), ir.Constant(I32, 16)), F32)
+
+    return types.float32(value), codegen
+
+
+@intrinsic
+def narrow(typingctx, value, like):
+    """`value`, a float32, as the kind of number that the array `like` holds; bfloat16 to the nearest, ties to even."""
+
+    def codegen(context, b, signature, args):
+        if signature.return_type == types.float32:
+            return args[0]
+        bits = b.bitcast(args[0], I32)
+        odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+        nearest = b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF)))
+        return b.trunc(b.lshr(nearest, ir.Constant(I32, 16)), I16)
+
+    return like.dtype(value, like), codegen
+
+
+def _atomic(operation: str) -> Callable:
+    @intrinsic
+    def run(typingctx, array, index, value):
+        def codegen(context, b, signature, args):
+            data = context.make_array(signature.args[0])(context, b, args[0]).data
+            place = b.gep(data, [args[1]])
+            if operation == "add":
+                return b.atomic_rmw("add", place, args[2], "acq_rel")
+            if operation == "load":
+                return b.load_atomic(place, "acquire", 8)
+            b.store_atomic(args[2], place, "release", 8)
+            return args[2]
+
+        return types.int64(array, types.int64, types.int64), codegen
+
+    return run
+
+
+atomic_add, atomic_load, atomic_store = _atomic("add"), _atomic("load"), _atomic("store")
+
+
+@compiled
+def exp(x):
+    """e to the x, x <= 88, to 2e-7 of its value, by arithmetic only: a loop over it becomes vector instructions.
+
+    Below -87 it is e to the -87. NaN stays NaN.
+    """
+    y = (np.float32(-87.0) if x < np.float32(-87.0) else x) * np.float32(1.4426950408889634)
+    whole = np.floor(y + np.float32(0.5))
+    f = (y - whole) * np.float32(0.6931471805599453)
+    p = np.float32(1 / 720)
+    p = p * f + np.float32(1 / 120)
+    p = p * f + np.float32(1 / 24)
+    p = p * f + np.float32(1 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1)
+    p = p * f + np.float32(1)
+    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
