@@ -1,5 +1,8 @@
 """Attention: masks, grouped heads, the tiled version by hand, and the interchangeable inner products."""
 
+import os
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -83,10 +86,11 @@ def test_blocks_give_attention_and_its_gradients(seq, n_kv_heads):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_blocks_are_an_operation_that_a_compiler_may_trust(batch, n_kv_heads):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_are_an_operation_that_a_compiler_may_trust(batch, n_kv_heads, dtype):
     """It plans with the strides that it is told. Attention hands in heads that lie beside each other in memory."""
     ops, mode = torch.ops.llama_edu, FakeTensorMode()
-    apart = heads(batch, n_kv_heads=n_kv_heads, seq=BLOCK + 5)
+    apart = heads(batch, n_kv_heads=n_kv_heads, seq=BLOCK + 5, head_dim=16, dtype=dtype)
     beside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in apart]
     for q, k, v in (apart, beside):
         torch.library.opcheck(ops.block_attention.default, [x.clone().requires_grad_() for x in (q, k, v)])
@@ -112,6 +116,65 @@ def test_blocks_err_as_little_as_the_fused_kernel(dtype, limit):
         assert (out - plain(*wide)).norm() < limit * plain(*wide).norm()
         for ours, true in zip(torch.autograd.grad(out, inputs, grad), exact):
             assert (ours - true).norm() < limit * true.norm()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("seq, head_dim", [(1, 16), (63, 48), (64, 80), (129, 64), (300, 112), (200, 24)])
+def test_blocks_in_bfloat16_are_right_for_every_shape(seq, head_dim, group):
+    """Of whole and broken blocks, odd numbers of rows, and widths that kernels take (all but the last) or not."""
+    inputs = [x.bfloat16().requires_grad_() for x in heads(2, 2 * group, 2, seq, head_dim)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = block_attention(*inputs), plain(*wide)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pairs = [(out, expected), *zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, wide, grad))]
+    for ours, exact in pairs:
+        assert ours.dtype == torch.bfloat16 and ours.shape == exact.shape
+        assert (ours - exact).norm() <= 0.01 * exact.norm() + 1e-6  # with one token the scores have no gradient
+
+
+def test_blocks_in_bfloat16_take_heads_wherever_they_lie():
+    base = heads(2, 4, 2, 140, 32, torch.bfloat16)
+    grad = torch.randn(2, 4, 140, 32).bfloat16()
+    expected = block_attention(*base), *torch.ops.llama_edu.block_attention_backward(grad, *base)
+    ways = {
+        "heads beside each other": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        "from an odd place": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+        "in odd strides": lambda x: torch.cat([x, x[..., :1]], -1)[..., :-1],
+        "the other way round": lambda x: x.mT.contiguous().mT,
+        "the same for all sequences": lambda x: x[:1].expand_as(x),
+    }
+    for way in ways.values():
+        moved = [way(x) for x in (*base, grad)]
+        if moved[0].stride(0) == 0:
+            expected = [x[:1].expand_as(x) for x in expected]
+        for ours, theirs in zip(
+            (block_attention(*moved[:3]), *torch.ops.llama_edu.block_attention_backward(moved[3], *moved[:3])), expected
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong, which", [(torch.nan, 0), (torch.nan, 1), (torch.nan, 2), (torch.inf, 0)])
+def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_before(dtype, wrong, which):
+    inputs = heads(1, 2, 1, 200, 32, dtype)
+    inputs[which][0, 0, 150] = wrong
+    out = block_attention(*inputs)
+    assert not out[0, 0, 150].isfinite().any() and out[0, :, :128].isfinite().all()
+
+
+def test_blocks_in_bfloat16_need_no_special_processor():
+    """numba told to compile for any processor: the batched products of PyTorch serve."""
+    code = """
+import torch
+from llama_edu.model import attention, attention_kernels
+q, k, v = (torch.randn(1, 2, 140, 32).bfloat16() for _ in range(3))
+assert not attention_kernels.available() and attention._kernels(q) is None
+exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+assert (attention.block_attention(q, k, v) - exact).norm() < 0.01 * exact.norm()
+"""
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_blocks_serve_long_causal_sequences_alone():

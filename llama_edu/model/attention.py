@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -207,6 +208,15 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q.reshape(batch * kv, heads // kv, seq, d), k, v
 
 
+def _kernels(q: Tensor) -> ModuleType | None:
+    """`attention_kernels`, if they serve such queries; numba is not imported for others."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0:
+        from llama_edu.model import attention_kernels
+
+        return attention_kernels if attention_kernels.available() else None
+    return None
+
+
 # An operation of its own is one step for torch.compile and for activation checkpointing, as PyTorch's kernels are.
 @torch.library.custom_op(
     "llama_edu::block_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
@@ -218,8 +228,11 @@ def block_attention(
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Causal attention, a block of queries at a time against all keys it may see. Keeps its inputs and nothing else.
 
-    The weights of one block exist at a time: memory grows with the context, not with its square.
+    The weights of one block exist at a time: memory grows with the context, not with its square. In bfloat16 it is one
+    kernel (`attention_kernels`) where the processor has such products.
     """
+    if (kernels := _kernels(q)) is not None:
+        return kernels.attend(q, k, v)
     (batch, heads, seq, d), kv = q.shape, k.shape[1]
     out = q.new_empty(batch, seq, kv, heads // kv, d)
     q, k, v = _by_kv_head(q, k, v)
@@ -235,6 +248,8 @@ def block_attention(
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)",
 )
 def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if (kernels := _kernels(q)) is not None:
+        return kernels.attend_backward(grad, q, k, v)
     (batch, heads, seq, d), kv, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
     grad_q = q.new_empty(batch, seq, kv, heads // kv, d)
     q, k, v = _by_kv_head(q, k, v)
