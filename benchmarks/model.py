@@ -8,7 +8,8 @@
 here: `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`.
 
 All models of one size and precision are built from the same shape and measured in turns, in one process for speed and
-in one process each for memory, so that they meet the same machine. "forward" gives float32 scores of all tokens,
+in one process each for memory, so that they meet the same machine. Each takes two steps in its turn, and the second
+counts. "forward" gives float32 scores of all tokens,
 without gradients; "forward+backward" is the gradient of each project's own loss on the same tokens. Printed: the median
 of the tokens a second, the ratio to the best peer (the median over the rounds of the ratio within each round), and the
 peak of resident memory. "autocast" is bfloat16 products over float32 weights, as in training; "ours, bf16 stream" keeps
@@ -178,6 +179,7 @@ def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> 
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for round_ in range(args.repeats + 1):
             for name in names:
+                steps[name][work]()  # again what it will do: memory is its own then, and not what another gave back
                 start = time.perf_counter()
                 steps[name][work]()
                 if round_:  # the first round warms up
