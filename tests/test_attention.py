@@ -162,6 +162,26 @@ def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_before(dtype, wr
     assert not out[0, 0, 150].isfinite().any() and out[0, :, :128].isfinite().all()
 
 
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_interrupt_in_a_kernel_reaches_the_caller(monkeypatch, openmp):
+    from llama_edu.model import attention_kernels
+
+    def kernel(taken, *arrays):
+        raise KeyboardInterrupt
+
+    q, k, v = heads(2, 4, 4, 140, 32, torch.bfloat16)
+    expected = block_attention(q, k, v)
+    if not openmp:
+        monkeypatch.setattr(attention_kernels, "_openmp", lambda: None)
+    assert torch.equal(block_attention(q, k, v), expected)  # threads of either kind
+    monkeypatch.setattr(attention_kernels, "_forward", kernel)
+    with pytest.raises(KeyboardInterrupt):
+        attention_kernels.attend(q, k, v)
+    monkeypatch.setattr(attention_kernels, "_forward", lambda taken, *arrays: None)
+    with pytest.raises(RuntimeError, match="0 of 8 heads"):
+        attention_kernels.attend(q, k, v)
+
+
 def test_blocks_in_bfloat16_need_no_special_processor():
     """numba told to compile for any processor: the batched products of PyTorch serve."""
     code = """

@@ -290,22 +290,32 @@ def _openmp() -> Callable | None:
         return None
 
 
-def _run(kernel: Callable, *arrays: np.ndarray) -> None:
-    """Call the kernel in as many threads as PyTorch has; they share the heads among themselves.
+def _run(kernel: Callable, units: int, *arrays: np.ndarray) -> None:
+    """Call the kernel in as many threads as PyTorch has; they share the `units` of work among themselves.
 
     They are PyTorch's own threads where it uses OpenMP. Others would have to share the cores with these, which do not
     sleep at once after an operation but spin, to be quick for the next.
     """
     taken, threads = np.zeros(1, np.int64), torch.get_num_threads()
+    errors: list[BaseException] = []
+
+    def body(_: int | None) -> None:
+        try:
+            kernel(taken, *arrays)
+        except BaseException as error:  # C would drop it; an interrupt from the keyboard may come here too
+            errors.append(error)
+
     if threads == 1:
         kernel(taken, *arrays)
     elif _openmp() is not None:
-        body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: kernel(taken, *arrays))
-        _openmp()(body, None, threads, 0)
+        _openmp()(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body), None, threads, 0)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            for job in [pool.submit(kernel, taken, *arrays) for _ in range(threads)]:
-                job.result()
+            list(pool.map(body, [None] * threads))
+    if errors:
+        raise errors[0]
+    if taken[0] < units:
+        raise RuntimeError(f"attention did {taken[0]} of {units} heads: its threads did not start")
 
 
 def _pairs(x: Tensor) -> np.ndarray:
@@ -332,7 +342,7 @@ def attend(
     """Causal attention in bfloat16, for a head_dim that is a multiple of 16, where `available()`."""
     batch, heads, seq, d = q.shape
     out = q.new_empty(batch, seq, heads, d)
-    _run(_forward, *map(_pairs, (q, k, v)), _bits(out))
+    _run(_forward, batch * k.shape[1], *map(_pairs, (q, k, v)), _bits(out))
     return out.transpose(1, 2)
 
 
@@ -349,5 +359,5 @@ def attend_backward(
     """Gradients of q, k and v, from that of the output of `attend`; the weights are computed again."""
     batch, heads, seq, d = q.shape
     grad_q, grad_k, grad_v = q.new_empty(batch, seq, heads, d), k.new_empty(k.shape), v.new_empty(v.shape)
-    _run(_backward, *map(_pairs, (grad, q, k, v)), *map(_bits, (grad_q, grad_k, grad_v)))
+    _run(_backward, batch * k.shape[1], *map(_pairs, (grad, q, k, v)), *map(_bits, (grad_q, grad_k, grad_v)))
     return grad_q.transpose(1, 2), grad_k, grad_v
