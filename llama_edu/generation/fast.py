@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..model.attention import ScaledDotProduct
 from ..model.rope import apply_rope
 from ..model.transformer import Transformer
 from .decode import NonFiniteLogits, check_prompts
@@ -270,34 +271,6 @@ def _wide_products(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if known else torch.float32
 
 
-def _attention(
-    q: Float[Tensor, "batch heads seq width"],
-    k: Float[Tensor, "batch kv_heads seq width"],
-    v: Float[Tensor, "batch kv_heads seq width"],
-) -> Float[Tensor, "batch heads seq width"]:
-    """Causal attention of a prompt to itself.
-
-    On a CPU as two matrix products a block of queries, over the keys that the block sees: in bfloat16 these run at the
-    speed of the layers' own products, which PyTorch's fused kernel does not reach.
-    """
-    batch, heads, length, width = q.shape
-    kv_heads = k.shape[1]
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
-    block = max(1, min(128 * kv_heads // heads, 2**25 // (batch * heads * length)))
-    q, k, v = (q * width**-0.5).unflatten(1, (kv_heads, -1)), k.flatten(0, 1), v.flatten(0, 1)
-    out = torch.empty_like(q)
-    future = torch.full((block, block), -torch.inf, dtype=q.dtype).triu(1)
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        mine = q[:, :, :, start:end].flatten(2, 3).flatten(0, 1)
-        scores = torch.bmm(mine, k[:, :end].mT).unflatten(1, (-1, end - start))
-        scores[..., start:] += future[: end - start, : end - start]
-        mixed = torch.bmm(scores.softmax(-1).flatten(1, 2), v[:, :end])
-        out[:, :, :, start:end] = mixed.view(batch, kv_heads, -1, end - start, width)
-    return out.flatten(1, 2)
-
-
 def _rows_of(w: Packed, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch rows"]:
     """w @ x for each x, the matrix made dense a slice at a time."""
     out = []
@@ -383,7 +356,7 @@ class FastDecoder:
         norm = lambda x, i: F.rms_norm(x, (cfg.dim,), w.norms[i].to(dtype), cfg.norm_eps)
         product = lambda x, matrix: F.linear(x, matrix.dense().to(dtype))
         heads = lambda x: x.unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
-        queries = cfg.n_heads * cfg.head_dim
+        queries, attend = cfg.n_heads * cfg.head_dim, ScaledDotProduct()
         cos, sin = w.cos[None, :longest], w.sin[None, :longest]
         x = w.embedding[:, : cfg.dim][ids].to(dtype)
         for i, layer in enumerate(w.layers):
@@ -391,7 +364,7 @@ class FastDecoder:
             if i < cfg.n_layers - 1:
                 q, k, v = heads(product(h, layer["qkv"])).tensor_split([cfg.n_heads, cfg.n_heads + cfg.n_kv_heads], 1)
                 q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-                mixed = _attention(q, k, v)
+                mixed = attend(q, k, v)
             else:  # what goes on from here is the last token of each prompt; the others leave their keys and values
                 k, v = heads(product(h, layer["qkv"].rows(queries))).chunk(2, dim=1)
                 ends = torch.arange(n, device=self.device), lengths - 1
