@@ -7,20 +7,21 @@
 `litgpt` 0.5.13 asks for an older huggingface_hub than `transformers` 5 does, and needs neither the old nor the new one
 here: `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`.
 
-All models of one size and precision are built from the same shape and measured in turns, in one process for speed and
-in one process each for memory, so that they meet the same machine. Each takes two steps in its turn, and the second
-counts. "forward" gives float32 scores of all tokens,
-without gradients; "forward+backward" is the gradient of each project's own loss on the same tokens. Printed: the median
-of the tokens a second, the ratio to the best peer (the median over the rounds of the ratio within each round), and the
-peak of resident memory. "autocast" is bfloat16 products over float32 weights, as in training; "ours, bf16 stream" keeps
-copies of the weights for them and a bfloat16 residual stream (`llama_edu.training.precision`). "bfloat16" has weights
-and everything else in bfloat16.
+All models of one size and precision are built from the same shape, each in a process of its own, as it would be used:
+in a shared one a step had the memory that another project's had just freed. They take their steps in turns, so that
+they meet the same machine. "forward" gives float32 scores of all tokens, without gradients; "forward+backward" is the
+gradient of each project's own loss on the same tokens. Printed: the median of the tokens a second, the ratio to the
+best peer (the median over the rounds of the ratio within each round), and how far resident memory rises in a step.
+"autocast" is bfloat16 products over float32 weights, as in training; "ours, bf16 stream" keeps copies of the weights
+for them and a bfloat16 residual stream (`llama_edu.training.precision`). "bfloat16" has weights and everything else in
+bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import ctypes
+import gc
 import resource
 import statistics
 import subprocess
@@ -142,60 +143,90 @@ def make_step(name: str, args: argparse.Namespace, size: str, dtype: str, compil
             loss = own_loss(x, y)
         loss.backward()
 
-    return {"forward": forward, "forward+backward": forward_backward}
-
-
-def peak_mib(name: str, args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> float:
-    """Peak resident memory of forward+backward in a process of its own, above that of imports and weights."""
-    command = [sys.executable, __file__, "--memory-of", name, "--sizes", size, "--dtypes", dtype]
-    command += ["--batch", str(args.batch), "--seq", str(args.seq), "--vocab", str(args.vocab)]
-    command += ["--compiled"] if compiled else []
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return float(out.stdout.split()[-1])
+    release = lambda: model.zero_grad(set_to_none=True)
+    return {"forward": forward, "forward+backward": forward_backward, "release": release}
 
 
 def resident_mib(peak: bool) -> float:
-    """Resident memory of this process now, or its peak."""
-    if sys.platform == "linux":  # ru_maxrss would remember the process that started this one
+    """Resident memory of this process now, or the most since `forget_peak`."""
+    if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of the whole life of the process
 
 
-def own_peak(args: argparse.Namespace) -> None:
-    steps = make_step(args.memory_of, args, args.sizes[0], args.dtypes[0], args.compiled)
-    before = resident_mib(peak=False)
-    for _ in range(2):
-        steps["forward+backward"]()
-    print(resident_mib(peak=True) - before)
+def forget_peak() -> None:
+    """Give freed memory back to the system, and let `resident_mib` count anew (Linux)."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def compare(args: argparse.Namespace, size: str, dtype: str, compiled: bool) -> None:
+def worker(args: argparse.Namespace) -> None:
+    """Do what the lines of standard input ask for, and answer each with a number."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    steps = make_step(args.worker, args, args.sizes[0], args.dtypes[0], args.compiled)
+    for line in sys.stdin:
+        work = line.strip()
+        if work == "memory":
+            steps["release"]()
+            forget_peak()
+            before = resident_mib(peak=False)
+            steps["forward+backward"]()
+            answer = resident_mib(peak=True) - before
+        else:
+            start = time.perf_counter()
+            steps[work]()
+            answer = time.perf_counter() - start
+        print(answer, file=out, flush=True)
+
+
+class Contestant:
+    """A project in a process of its own."""
+
+    def __init__(self, name: str, args: argparse.Namespace, size: str, dtype: str) -> None:
+        command = [sys.executable, __file__, "--worker", name, "--sizes", size, "--dtypes", dtype]
+        command += ["--batch", str(args.batch), "--seq", str(args.seq), "--vocab", str(args.vocab)]
+        command += ["--compiled"] if args.compiled else []
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, work: str) -> float:
+        """Seconds that a step takes, or the MiB of "memory"."""
+        print(work, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended with code {self.process.wait()}; what it said stands above")
+        return float(answer)
+
+
+def compare(args: argparse.Namespace, size: str, dtype: str) -> None:
     names = [name for name in BUILDERS if installed(name) and (dtype == "autocast" or name != "ours, bf16 stream")]
-    steps = {name: make_step(name, args, size, dtype, compiled) for name in names}
-    memory = {name: peak_mib(name, args, size, dtype, compiled) for name in names} if args.memory else {}
-    print(f"\n{size}, {dtype}, {'compiled' if compiled else 'eager'}, {args.batch} x {args.seq} tokens")
+    contestants = [Contestant(name, args, size, dtype) for name in names]
+    print(f"\n{size}, {dtype}, {'compiled' if args.compiled else 'eager'}, {args.batch} x {args.seq} tokens")
     for work in ("forward", "forward+backward"):
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for round_ in range(args.repeats + 1):
-            for name in names:
-                steps[name][work]()  # again what it will do: memory is its own then, and not what another gave back
-                start = time.perf_counter()
-                steps[name][work]()
-                if round_:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - start)
-        peers = [name for name in names if not name.startswith("ours")]
-        for name in names:
-            speed = args.batch * args.seq / statistics.median(seconds[name])
-            line = f"  {work:17} {name:19} {speed:9.0f} tokens/s"
-            if work == "forward+backward" and memory:
-                line += f"  peak {memory[name]:7.0f} MiB above the weights"
+        for ask in contestants:
+            ask(work)  # compiles and warms up
+        rounds = []
+        for first in range(args.repeats):  # the order turns from round to round
+            turns = [contestants[(first + i) % len(contestants)] for i in range(len(contestants))]
+            rounds.append({ask.name: ask(work) for ask in turns})
+        seconds = {name: statistics.median(times[name] for times in rounds) for name in names}
+        for ask in contestants:
+            line = f"  {work:17} {ask.name:19} {args.batch * args.seq / seconds[ask.name]:9.0f} tokens/s"
+            if work == "forward+backward":
+                line += f"  {ask('memory'):7.0f} MiB above what stays"
             print(line)
+        peers = [name for name in names if not name.startswith("ours")]
         if peers:
-            best = min(peers, key=lambda name: statistics.median(seconds[name]))
+            best = min(peers, key=seconds.get)
             for name in names[: len(names) - len(peers)]:
-                ratio = statistics.median(theirs / mine for mine, theirs in zip(seconds[name], seconds[best]))
+                ratio = statistics.median(times[best] / times[name] for times in rounds)
                 print(f"  {work:17} {name} / {best}: {ratio:.2f} times as fast", flush=True)
+    for ask in contestants:
+        ask.process.stdin.close()
+        ask.process.wait()
 
 
 def main() -> None:
@@ -207,16 +238,15 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds; the median is reported")
     parser.add_argument("--compiled", action="store_true", help="measure under torch.compile")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip the processes for peak memory")
-    parser.add_argument("--memory-of", choices=BUILDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=BUILDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory_of:
-        return own_peak(args)
+    if args.worker:
+        return worker(args)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("compared:", ", ".join(name for name in BUILDERS if installed(name)))
     for size in args.sizes:
         for dtype in args.dtypes:
-            compare(args, size, dtype, args.compiled)
+            compare(args, size, dtype)
 
 
 if __name__ == "__main__":
