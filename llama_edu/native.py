@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 
 import llvmlite.binding
 import numba
@@ -48,6 +49,7 @@ def load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir
     return b.load(address(b, base, offset, kind), align=1)
 
 
+@cache
 def has_dots(kind: str) -> bool:
     """Whether machine code is made for this processor, and it has a dot product of "bfloat16" or of bytes, "int8"."""
     own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX

@@ -211,9 +211,12 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _kernels(q: Tensor) -> ModuleType | None:
     """`attention_kernels`, if they serve such queries; numba is not imported for others."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0:
-        from llama_edu.model import attention_kernels
+        from llama_edu.native import has_dots
 
-        return attention_kernels if attention_kernels.available() else None
+        if has_dots("bfloat16"):
+            from llama_edu.model import attention_kernels
+
+            return attention_kernels
     return None
 
 

@@ -25,9 +25,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from llama_edu.native import F32, I32, I64, LANES, atomic_add, broadcast, compiled, exp, has_dots, narrow, splat, vector
+from llama_edu.native import F32, I32, I64, LANES, atomic_add, broadcast, compiled, exp, narrow, splat, vector
 
-__all__ = ["attend", "attend_backward", "available"]
+__all__ = ["attend", "attend_backward"]
 
 _QUERIES = 64  # a block: its scores over 512 keys take 128 KiB
 _TILE = 4  # rows of a product that are summed in registers at a time, for up to 64 columns
@@ -328,18 +328,12 @@ def _bits(x: Tensor) -> np.ndarray:
     return x.view(torch.uint16).numpy()
 
 
-@cache
-def available() -> bool:
-    """Whether this processor has the instruction, and numba is to use it."""
-    return has_dots("bfloat16")
-
-
 def attend(
     q: Float[Tensor, "batch heads seq head_dim"],
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Causal attention in bfloat16, for a head_dim that is a multiple of 16, where `available()`."""
+    """Causal attention in bfloat16, for a head_dim that is a multiple of 16, where `has_dots("bfloat16")`."""
     batch, heads, seq, d = q.shape
     out = q.new_empty(batch, seq, heads, d)
     _run(_forward, batch * k.shape[1], *map(_pairs, (q, k, v)), _bits(out))
