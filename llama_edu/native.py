@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import llvmlite.binding
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -71,6 +74,16 @@ def widen(typingctx, value):
     return types.float32(value), codegen
 
 
+def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16, ties to even, of a float32 or of each in a vector."""
+    n = getattr(value.type, "count", None)
+    whole, half = (I32, I16) if n is None else (vector(I32, n), vector(I16, n))
+    const = lambda number: ir.Constant(whole, number if n is None else [number] * n)
+    bits = b.bitcast(value, whole)
+    odd = b.and_(b.lshr(bits, const(16)), const(1))
+    return b.trunc(b.lshr(b.add(bits, b.add(odd, const(0x7FFF))), const(16)), half)
+
+
 @intrinsic
 def narrow(typingctx, value, like):
     """`value`, a float32, as the kind of number that the array `like` holds; bfloat16 to the nearest, ties to even."""
@@ -78,10 +91,7 @@ def narrow(typingctx, value, like):
     def codegen(context, b, signature, args):
         if signature.return_type == types.float32:
             return args[0]
-        bits = b.bitcast(args[0], I32)
-        odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-        nearest = b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF)))
-        return b.trunc(b.lshr(nearest, ir.Constant(I32, 16)), I16)
+        return to_bf16(b, args[0])
 
     return like.dtype(value, like), codegen
 
@@ -124,3 +134,52 @@ def exp(x):
     p = p * f + np.float32(1)
     p = p * f + np.float32(1)
     return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@compiled
+def largest(row):
+    """The largest of float32 or of the bits of bfloat16. NaN is larger than all; with its sign set, smaller."""
+    best = np.int32(-(2**31))
+    for j in range(row.size):  # the bits of floats are in order when those of negative ones are turned round
+        bits = np.float32(widen(row[j])).view(np.int32)
+        best = max(best, np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@cache
+def _openmp() -> Callable | None:
+    """`GOMP_parallel` of the OpenMP that PyTorch has loaded, which runs a function in its threads; None without one."""
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def in_threads(kernel: Callable, units: int, *args: np.ndarray | np.generic) -> None:
+    """Call the kernel in as many threads as PyTorch has; they share the `units` of work among themselves.
+
+    A kernel takes one unit after the other, by `atomic_add(taken, 0, 1)` on its first argument, up to the last.
+
+    They are PyTorch's own threads where it uses OpenMP. Others would have to share the cores with these, which do not
+    sleep at once after an operation but spin, to be quick for the next.
+    """
+    taken, threads = np.zeros(1, np.int64), torch.get_num_threads()
+    errors: list[BaseException] = []
+
+    def body(_: int | None) -> None:
+        try:
+            kernel(taken, *args)
+        except BaseException as error:  # C would drop it; an interrupt from the keyboard may come here too
+            errors.append(error)
+
+    if threads == 1:
+        kernel(taken, *args)
+    elif _openmp() is not None:
+        _openmp()(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body), None, threads, 0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(body, [None] * threads))
+    if errors:
+        raise errors[0]
+    if taken[0] < units:
+        raise RuntimeError(f"a kernel did {taken[0]} of its {units} units of work: its threads did not start")

@@ -164,6 +164,7 @@ def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_before(dtype, wr
 
 @pytest.mark.parametrize("openmp", [True, False])
 def test_an_interrupt_in_a_kernel_reaches_the_caller(monkeypatch, openmp):
+    from llama_edu import native
     from llama_edu.model import attention_kernels
 
     def kernel(taken, *arrays):
@@ -172,13 +173,13 @@ def test_an_interrupt_in_a_kernel_reaches_the_caller(monkeypatch, openmp):
     q, k, v = heads(2, 4, 4, 140, 32, torch.bfloat16)
     expected = block_attention(q, k, v)
     if not openmp:
-        monkeypatch.setattr(attention_kernels, "_openmp", lambda: None)
+        monkeypatch.setattr(native, "_openmp", lambda: None)
     assert torch.equal(block_attention(q, k, v), expected)  # threads of either kind
     monkeypatch.setattr(attention_kernels, "_forward", kernel)
     with pytest.raises(KeyboardInterrupt):
         attention_kernels.attend(q, k, v)
     monkeypatch.setattr(attention_kernels, "_forward", lambda taken, *arrays: None)
-    with pytest.raises(RuntimeError, match="0 of 8 heads"):
+    with pytest.raises(RuntimeError, match="0 of its 8 units"):
         attention_kernels.attend(q, k, v)
 
 

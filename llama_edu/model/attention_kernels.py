@@ -11,10 +11,7 @@ and adds both products to a float32, so one side of a product lies in memory as 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +22,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from llama_edu.native import F32, I32, I64, LANES, atomic_add, broadcast, compiled, exp, narrow, splat, vector
+from llama_edu.native import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    atomic_add,
+    broadcast,
+    compiled,
+    exp,
+    in_threads,
+    largest,
+    splat,
+    to_bf16,
+    vector,
+)
 
 __all__ = ["attend", "attend_backward"]
 
@@ -103,6 +115,70 @@ def _multiply(a, a_row, a_step, b, b_row, out, o_row, rows, columns, n, added):
             _product_16(a, i * a_row, a_row, a_step, b, whole, b_row, out, to, o_row, n, added)
 
 
+# Loops that the compiler turns into vectors do up to 256 numbers a turn, and those left over one by one. A row of q has
+# 64, so what is done to rows of it is written in vectors here.
+
+
+def _place(context, b: ir.IRBuilder, signature, args, array: int, at: int, kind: ir.Type) -> ir.Value:
+    """A pointer to `kind` at place args[at] of args[array]."""
+    data = context.make_array(signature.args[array])(context, b, args[array]).data
+    return b.bitcast(b.gep(data, [args[at]]), kind.as_pointer())
+
+
+@intrinsic
+def _move(typingctx, x, x_at, out, o_at):
+    """Copy 8 pairs."""
+
+    def codegen(context, b, signature, args):
+        source, to = (_place(context, b, signature, args, i, i + 1, vector(I32, 8)) for i in (0, 2))
+        b.store(b.load(source, align=4), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, x_at, out, o_at), codegen
+
+
+@intrinsic
+def _join(typingctx, even, e_at, odd, o_at, out, at):
+    """8 pairs of each of two rows become 16 pairs of numbers that stand one below the other."""
+
+    def codegen(context, b, signature, args):
+        numbers = vector(I16)
+        even, odd = (b.load(_place(context, b, signature, args, i, i + 1, numbers), align=4) for i in (0, 2))
+        turns = ir.Constant(vector(I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
+        to = _place(context, b, signature, args, 4, 5, vector(I16, 2 * LANES))
+        b.store(b.shuffle_vector(even, odd, turns), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(even, e_at, odd, o_at, out, at), codegen
+
+
+@intrinsic
+def _shorten(typingctx, x, x_at, out, o_at, factor):
+    """16 numbers in float32, times a factor, as bfloat16."""
+
+    def codegen(context, b, signature, args):
+        x = b.load(_place(context, b, signature, args, 0, 1, vector(F32)), align=4)
+        to = _place(context, b, signature, args, 2, 3, vector(I16))
+        b.store(to_bf16(b, b.fmul(x, broadcast(b, args[4], LANES))), to, align=2)
+        return context.get_dummy_value()
+
+    return types.void(x, x_at, out, o_at, types.float32), codegen
+
+
+@intrinsic
+def _shorten_two(typingctx, x, even, odd, out, o_at):
+    """16 numbers of each of two rows of float32 as pairs of bfloat16 that stand one below the other."""
+
+    def codegen(context, b, signature, args):
+        rows = (b.load(_place(context, b, signature, args, 0, i, vector(F32)), align=4) for i in (1, 2))
+        low, high = (b.zext(to_bf16(b, row), vector(I32)) for row in rows)
+        pairs = b.or_(low, b.shl(high, splat(I32, 16)))
+        b.store(pairs, _place(context, b, signature, args, 3, 4, vector(I32)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, even, odd, out, o_at), codegen
+
+
 @compiled
 def _turn(x, out, width):
     """out[p, j] = pair p of row j of x, for products that sum along a row."""
@@ -119,56 +195,40 @@ def _turn(x, out, width):
 
 
 @compiled
-def _join(x, first, last, out):
+def _join_rows(x, first, last, nothing, out):
     """out[i, c] = number c of rows first + 2i and first + 2i + 1 of x, for products that sum over rows."""
-    width, low, high = 2 * x.shape[1], np.uint32(0xFFFF), np.uint32(0xFFFF0000)
-    for i in range((last - first) // 2):
-        even, odd, to = x[first + 2 * i], x[first + 2 * i + 1], out[i * width : (i + 1) * width]
-        for p in range(even.size):
-            to[2 * p] = (even[p] & low) | (odd[p] << np.uint32(16))
-            to[2 * p + 1] = (even[p] >> np.uint32(16)) | (odd[p] & high)
-    if (last - first) % 2:
-        even, to = x[last - 1], out[(last - first) // 2 * width :]
-        for p in range(even.size):
-            to[2 * p], to[2 * p + 1] = even[p] & low, even[p] >> np.uint32(16)
-
-
-@compiled
-def _join_rows(even, odd, out):
-    """Two rows of float32 as pairs of bfloat16."""
-    halves = out.view(np.uint16)
-    for j in range(out.size):
-        out[j] = np.uint32(narrow(even[j], halves)) | np.uint32(narrow(odd[j], halves)) << np.uint32(16)
+    half = x.shape[1]
+    for i in range((last - first + 1) // 2):
+        row = first + 2 * i
+        for p in range(0, half, 8):
+            to = 2 * (i * half + p)
+            if row + 1 < last:
+                _join(x[row], p, x[row + 1], p, out, to)
+            else:
+                _join(x[row], p, nothing, 0, out, to)
 
 
 @compiled
 def _copy(x, first, last, out):
     half = x.shape[1]
     for i in range(first, last):
-        for p in range(half):
-            out[(i - first) * half + p] = x[i, p]
+        for p in range(0, half, 8):
+            _move(x[i], p, out, (i - first) * half + p)
 
 
 @compiled
-def _weigh(row, seen, scale, lanes):
-    """Scores become e to the scaled score, less the largest; what is not seen becomes 0. Returns the sum."""
-    for j in range(seen, row.size):
-        row[j] = -np.inf
-    for c in range(16):
-        lanes[c] = row[c]
-    for j in range(16, row.size, 16):
-        for c in range(16):  # sixteen maxima side by side: one vector
-            lanes[c] = row[j + c] if row[j + c] > lanes[c] else lanes[c]
-    best = lanes[0]
-    for c in range(16):
-        best = max(best, lanes[c])
-    best, total = best * scale, np.float32(0)
-    for j in range(seen):
+def _weigh(row, seen, scale):
+    """Scores become e to the scaled score, less the largest; what is not seen becomes 0. Returns the sum.
+
+    All loops go over whole rows, which are whole vectors: numbers left over would be computed one by one.
+    """
+    row[seen:] = -np.inf
+    best, total = largest(row) * scale, np.float32(0)
+    for j in range(row.size):
         e = exp(row[j] * scale - best)
         row[j] = e
         total += e
-    for j in range(seen, row.size):
-        row[j] = np.float32(0)
+    row[seen:] = np.float32(0)
     return total
 
 
@@ -182,14 +242,15 @@ def _forward(taken, q, k, v, out):
     block, scores = np.zeros(_QUERIES * half, np.uint32), np.zeros(_QUERIES * wide, np.float32)
     weights, mixed = np.zeros(_QUERIES * wide // 2, np.uint32), np.zeros(_QUERIES * d, np.float32)
     short = weights.view(np.uint16)
-    scale, lanes, totals = np.float32(1 / np.sqrt(d)), np.zeros(16, np.float32), np.zeros(_QUERIES, np.float32)
+    totals, nothing = np.zeros(_QUERIES, np.float32), np.zeros(8, np.uint32)
+    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
     while True:
         unit = atomic_add(taken, 0, 1)
         if unit >= batch * kv:
             return
         b, head = unit // kv, unit % kv
         _turn(k[b, head], turned_k, wide)
-        _join(v[b, head], 0, seq, joined_v)
+        _join_rows(v[b, head], 0, seq, nothing, joined_v)
         for h in range(head * group, (head + 1) * group):
             for first in range(0, seq, _QUERIES):
                 last = min(first + _QUERIES, seq)
@@ -198,14 +259,14 @@ def _forward(taken, q, k, v, out):
                 _multiply(block, half, 1, turned_k, wide, scores, wide, rows, keys, half, False)
                 for i in range(rows):
                     row, to = scores[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
-                    totals[i] = _weigh(row, first + i + 1, scale, lanes)
-                    for j in range(keys):
-                        to[j] = narrow(row[j], to)
+                    totals[i] = _weigh(row, first + i + 1, scale)
+                    for j in range(0, keys, LANES):
+                        _shorten(row, j, to, j, one)
                 _multiply(weights, wide // 2, 1, joined_v, d, mixed, d, rows, d, keys // 2, False)
                 for i in range(rows):
                     to, part = out[b, first + i, h], np.float32(1) / totals[i]
-                    for c in range(d):
-                        to[c] = narrow(mixed[i * d + c] * part, to)
+                    for c in range(0, d, LANES):
+                        _shorten(mixed, i * d + c, to, c, part)
 
 
 @compiled
@@ -222,7 +283,8 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
     short_slopes = np.zeros(_QUERIES * wide // 2, np.uint32)
     joined_weights, joined_slopes = np.zeros_like(short_slopes), np.zeros_like(short_slopes)
     sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
-    sum_q, scale, lanes = np.zeros(_QUERIES * d, np.float32), np.float32(1 / np.sqrt(d)), np.zeros(16, np.float32)
+    sum_q, nothing = np.zeros(_QUERIES * d, np.float32), np.zeros(8, np.uint32)
+    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
     short = short_slopes.view(np.uint16)
     while True:
         unit = atomic_add(taken, 0, 1)
@@ -231,7 +293,7 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
         b, head = unit // kv, unit % kv
         _turn(k[b, head], turned_k, wide)
         _turn(v[b, head], turned_v, wide)
-        _join(k[b, head], 0, seq, joined_k)
+        _join_rows(k[b, head], 0, seq, nothing, joined_k)
         sum_k[:], sum_v[:] = np.float32(0), np.float32(0)
         for h in range(head * group, (head + 1) * group):
             for first in range(0, seq, _QUERIES):
@@ -240,82 +302,43 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                 pairs = (rows + 1) // 2
                 _copy(q[b, h], first, last, q_block)
                 _copy(grad[b, h], first, last, g_block)
-                _join(q[b, h], first, last, joined_q)
-                _join(grad[b, h], first, last, joined_g)
+                _join_rows(q[b, h], first, last, nothing, joined_q)
+                _join_rows(grad[b, h], first, last, nothing, joined_g)
                 _multiply(q_block, half, 1, turned_k, wide, scores, wide, rows, keys, half, False)
                 _multiply(g_block, half, 1, turned_v, wide, slopes, wide, rows, keys, half, False)
                 for i in range(rows):
                     seen, here = first + i + 1, i * wide
                     row, slope, to = scores[here : here + keys], slopes[here : here + keys], short[here : here + keys]
-                    part, mean = np.float32(1) / _weigh(row, seen, scale, lanes), np.float32(0)
-                    for j in range(seen):
+                    part, mean = np.float32(1) / _weigh(row, seen, scale), np.float32(0)
+                    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
+                    for j in range(keys):
                         mean += row[j] * slope[j]
                     mean *= part
                     for j in range(keys):
                         row[j] *= part
-                    for j in range(seen):
                         slope[j] = row[j] * (slope[j] - mean) * scale
-                    for j in range(seen, keys):
-                        slope[j] = np.float32(0)
-                    for j in range(keys):
-                        to[j] = narrow(slope[j], to)
+                    for j in range(0, keys, LANES):
+                        _shorten(slope, j, to, j, one)
                 if rows % 2:  # an odd row out is joined to nothing
                     scores[rows * wide : rows * wide + keys] = np.float32(0)
                     slopes[rows * wide : rows * wide + keys] = np.float32(0)
                 for i in range(pairs):
                     here, even, odd = i * wide, 2 * i * wide, (2 * i + 1) * wide
-                    to = joined_weights[here : here + keys]
-                    _join_rows(scores[even : even + keys], scores[odd : odd + keys], to)
-                    to = joined_slopes[here : here + keys]
-                    _join_rows(slopes[even : even + keys], slopes[odd : odd + keys], to)
+                    for j in range(0, keys, LANES):
+                        _shorten_two(scores, even + j, odd + j, joined_weights, here + j)
+                        _shorten_two(slopes, even + j, odd + j, joined_slopes, here + j)
                 _multiply(short_slopes, wide // 2, 1, joined_k, d, sum_q, d, rows, d, keys // 2, False)
                 _multiply(joined_weights, 1, wide, joined_g, d, sum_v, d, keys, d, pairs, True)
                 _multiply(joined_slopes, 1, wide, joined_q, d, sum_k, d, keys, d, pairs, True)
                 for i in range(rows):
                     to = grad_q[b, first + i, h]
-                    for c in range(d):
-                        to[c] = narrow(sum_q[i * d + c], to)
+                    for c in range(0, d, LANES):
+                        _shorten(sum_q, i * d + c, to, c, one)
         for j in range(seq):
             to_k, to_v = grad_k[b, head, j], grad_v[b, head, j]
-            for c in range(d):
-                to_k[c], to_v[c] = narrow(sum_k[j * d + c], to_k), narrow(sum_v[j * d + c], to_v)
-
-
-@cache
-def _openmp() -> Callable | None:
-    """`GOMP_parallel` of the OpenMP that PyTorch has loaded, which runs a function in its threads; None without one."""
-    try:
-        return ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-
-
-def _run(kernel: Callable, units: int, *arrays: np.ndarray) -> None:
-    """Call the kernel in as many threads as PyTorch has; they share the `units` of work among themselves.
-
-    They are PyTorch's own threads where it uses OpenMP. Others would have to share the cores with these, which do not
-    sleep at once after an operation but spin, to be quick for the next.
-    """
-    taken, threads = np.zeros(1, np.int64), torch.get_num_threads()
-    errors: list[BaseException] = []
-
-    def body(_: int | None) -> None:
-        try:
-            kernel(taken, *arrays)
-        except BaseException as error:  # C would drop it; an interrupt from the keyboard may come here too
-            errors.append(error)
-
-    if threads == 1:
-        kernel(taken, *arrays)
-    elif _openmp() is not None:
-        _openmp()(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body), None, threads, 0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(body, [None] * threads))
-    if errors:
-        raise errors[0]
-    if taken[0] < units:
-        raise RuntimeError(f"attention did {taken[0]} of {units} heads: its threads did not start")
+            for c in range(0, d, LANES):
+                _shorten(sum_k, j * d + c, to_k, c, one)
+                _shorten(sum_v, j * d + c, to_v, c, one)
 
 
 def _pairs(x: Tensor) -> np.ndarray:
@@ -336,7 +359,7 @@ def attend(
     """Causal attention in bfloat16, for a head_dim that is a multiple of 16, where `has_dots("bfloat16")`."""
     batch, heads, seq, d = q.shape
     out = q.new_empty(batch, seq, heads, d)
-    _run(_forward, batch * k.shape[1], *map(_pairs, (q, k, v)), _bits(out))
+    in_threads(_forward, batch * k.shape[1], *map(_pairs, (q, k, v)), _bits(out))
     return out.transpose(1, 2)
 
 
@@ -353,5 +376,5 @@ def attend_backward(
     """Gradients of q, k and v, from that of the output of `attend`; the weights are computed again."""
     batch, heads, seq, d = q.shape
     grad_q, grad_k, grad_v = q.new_empty(batch, seq, heads, d), k.new_empty(k.shape), v.new_empty(v.shape)
-    _run(_backward, batch * k.shape[1], *map(_pairs, (grad, q, k, v)), *map(_bits, (grad_q, grad_k, grad_v)))
+    in_threads(_backward, batch * k.shape[1], *map(_pairs, (grad, q, k, v)), *map(_bits, (grad_q, grad_k, grad_v)))
     return grad_q.transpose(1, 2), grad_k, grad_v
