@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_edu import LlamaConfig, Transformer
-from llama_edu.training import next_token_loss
+from llama_edu.data.tokens import Batch
+from llama_edu.training import backward_batch
 from llama_edu.training.loss import CHUNK
 from llama_edu.training.precision import bf16_products
 
@@ -43,15 +44,13 @@ SHAPES = {
     "110m": {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048, "tie_embeddings": True},
 }
 DTYPES = ("float32", "autocast", "bfloat16")
-Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # model, scores, loss
+# The model, its scores, and its loss; ours has `backward_batch` for that.
+Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor] | None]
 
 
 def ours(cfg: LlamaConfig) -> Parts:
     model = Transformer(cfg)
-    # It sets autocast itself, on or off.
-    options = lambda: {"chunk_size": CHUNK, "autocast": torch.is_autocast_enabled("cpu")}
-    loss = lambda x, y: next_token_loss(model, x, y, **options()) / y.numel()
-    return model, model, loss
+    return model, model, None
 
 
 def ours_bf16_stream(cfg: LlamaConfig) -> Parts:
@@ -139,6 +138,9 @@ def make_step(name: str, args: argparse.Namespace, size: str, dtype: str, compil
 
     def forward_backward() -> None:
         model.zero_grad(set_to_none=True)
+        if own_loss is None:
+            backward_batch(model, Batch(x, y, x), chunk_size=CHUNK, autocast=autocast)
+            return
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = own_loss(x, y)
         loss.backward()

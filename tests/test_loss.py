@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llama_edu import LlamaConfig, Transformer
 from llama_edu.data.tokens import IGNORE, Batch
 from llama_edu.training import backward_batch, chunked_cross_entropy, next_token_loss
+from llama_edu.training.loss_kernels import softmax_minus_target
 
 SHAPE = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, vocab_size=97, max_seq_len=64)
 
@@ -75,6 +76,54 @@ def test_bf16_products_and_float32_gradients():
     for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), exact):
         assert a.dtype == torch.float32
         assert (a - b).norm() < 0.02 * b.norm()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("rows, vocab", [(1, 1), (5, 3), (33, 1000), (20, 32_001)])
+def test_softmax_of_bf16_in_one_kernel(rows, vocab, z_loss):
+    generator = torch.Generator().manual_seed(rows)
+    scores = (5 * torch.randn(rows, vocab, generator=generator)).bfloat16()
+    targets = torch.randint(vocab, (rows, 1), generator=generator)
+    exact = scores.double()
+    log_sums = exact.logsumexp(1, keepdim=True)
+    wanted = exact.softmax(1) * (1 + 2 * z_loss * log_sums) - torch.zeros_like(exact).scatter_(1, targets, 1)
+    losses, sums = torch.empty(2, rows, 1)
+    softmax_minus_target(scores, targets, losses, sums, z_loss)
+    torch.testing.assert_close(sums, log_sums.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses, (log_sums - exact.gather(1, targets)).float(), rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(scores.double(), wanted, rtol=2**-8, atol=1e-6)  # half a step of bfloat16 and no more
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.nan, torch.inf])
+def test_softmax_of_bf16_passes_on_what_is_not_finite(wrong):
+    scores = torch.zeros(2, 50, dtype=torch.bfloat16)
+    scores[1, 7] = wrong
+    losses, sums = torch.empty(2, 2, 1)
+    softmax_minus_target(scores, torch.zeros(2, 1, dtype=torch.long), losses, sums, 0.0)
+    assert scores[0].isfinite().all() and losses[0].isfinite()
+    assert scores[1].isnan().any() and not losses[1].isfinite()
+
+
+def test_softmax_of_bf16_without_one_token_gives_it_nothing():
+    scores = torch.full((1, 20), -torch.inf, dtype=torch.bfloat16)
+    scores[0, 3], (losses, sums) = 2.0, torch.empty(2, 1, 1)
+    softmax_minus_target(scores, torch.tensor([[3]]), losses, sums, 0.0)
+    assert losses == 0 and sums == 2 and scores.abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_bf16_in_chunks_beside_the_whole_in_float64(everything):
+    hidden, weight, targets = _case(70, 500, 0.3, 0)
+    hidden, weight = (x.detach().bfloat16() if everything else x.detach().float() for x in (hidden, weight))
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not everything):
+        ours = chunked_cross_entropy(hidden, weight, targets, chunk_size=32, z_loss=0.01)
+    found = torch.autograd.grad(ours, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    theirs = _by_pytorch(*exact, targets, 0.01)
+    torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=0)
+    for a, b in zip(found, torch.autograd.grad(theirs, exact)):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 def _batch():

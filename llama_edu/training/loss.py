@@ -6,6 +6,8 @@
 __all__ = ['CHUNK', 'FEW', 'chunked_cross_entropy', 'next_token_loss', 'backward_batch']
 
 # %% ../../notebooks/31_training.ipynb #aae0b7a6
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -35,6 +37,15 @@ def _softmax_minus_target(
         scores.copy_(p)
 
 
+def _kernel(device: str, dtype: torch.dtype) -> Callable | None:
+    """The same as one kernel, where there is one."""
+    if device != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return None
+    from llama_edu.training.loss_kernels import softmax_minus_target  # numba is not imported for others
+
+    return softmax_minus_target
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sums of the objective and of the cross-entropy, times `scale`. Their gradient is computed with them."""
 
@@ -58,10 +69,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size = min(chunk_size, len(targets))
         losses = hidden.new_empty(len(targets), 1, dtype=wide)
         log_sums = torch.empty_like(losses)
+        kernel = _kernel(device, low)
         # Memory that is used again costs nothing; new memory has to be filled with zeros by the system first.
         low_scores = hidden.new_empty(chunk_size, len(weight), dtype=low)
         few = max(1, FEW // len(weight)) if device == "cpu" else chunk_size
-        wide_scores = low_scores if low == wide else low_scores.new_empty(few, len(weight), dtype=wide)
+        wide_scores = low_scores if low == wide or kernel else low_scores.new_empty(few, len(weight), dtype=wide)
+        product = grad_weight if low == weight.dtype or not wants_weight else torch.empty_like(weight, dtype=low)
         with torch.autocast(device, enabled=False):
             matrix = weight.to(low) if low_weight is None else low_weight
             for first in range(0, len(targets), chunk_size):
@@ -69,19 +82,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 x, counts = hidden[rows].to(low), (targets[rows] != IGNORE)[:, None]
                 y, p = targets[rows, None].where(counts, 0), low_scores[: len(x)]
                 torch.mm(x, matrix.T, out=p)
-                for part in zip(p.split(few), y.split(few), losses[rows].split(few), log_sums[rows].split(few)):
-                    _softmax_minus_target(*part, wide_scores, z_loss)
+                if kernel:
+                    kernel(p, y, losses[rows], log_sums[rows], z_loss)
+                else:
+                    for part in zip(p.split(few), y.split(few), losses[rows].split(few), log_sums[rows].split(few)):
+                        _softmax_minus_target(*part, wide_scores, z_loss)
                 if not (wants_hidden or wants_weight):
                     continue
                 weighs = counts * scale  # on the short side of the products: these have no pass over p to themselves
                 if wants_hidden:
                     grad_hidden[rows] = (p @ matrix) * weighs
-                if wants_weight and not first:
-                    grad_weight.copy_(p.T @ (x * weighs).to(low))
-                elif wants_weight and low == weight.dtype:
+                if wants_weight and first and product is grad_weight:
                     grad_weight.addmm_(p.T, (x * weighs).to(low))
                 elif wants_weight:
-                    grad_weight += p.T @ (x * weighs).to(low)
+                    torch.mm(p.T, (x * weighs).to(low), out=product)
+                    if product is not grad_weight:
+                        grad_weight.add_(product) if first else grad_weight.copy_(product)
         ctx.save_for_backward(grad_hidden, grad_weight)
         counts = (targets != IGNORE)[:, None]
         total = losses.where(counts, 0).sum() * scale
