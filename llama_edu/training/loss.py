@@ -37,6 +37,13 @@ def _softmax_minus_target(
         scores.copy_(p)
 
 
+def _add(part: Tensor, total: Tensor, is_first: bool) -> None:
+    """Add a matrix of another dtype. PyTorch widens it to a copy, which a processor's cache should hold."""
+    few = max(1, FEW // part.shape[1]) if part.device.type == "cpu" else len(part)
+    for rows, sums in zip(part.split(few), total.split(few)):
+        sums.copy_(rows) if is_first else sums.add_(rows)
+
+
 def _kernel(device: str, dtype: torch.dtype) -> Callable | None:
     """The same as one kernel, where there is one."""
     if device != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
@@ -97,7 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 elif wants_weight:
                     torch.mm(p.T, (x * weighs).to(low), out=product)
                     if product is not grad_weight:
-                        grad_weight.add_(product) if first else grad_weight.copy_(product)
+                        _add(product, grad_weight, first == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         counts = (targets != IGNORE)[:, None]
         total = losses.where(counts, 0).sum() * scale
