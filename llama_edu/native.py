@@ -54,9 +54,14 @@ def load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir
 
 @cache
 def has_dots(kind: str) -> bool:
-    """Whether machine code is made for this processor, and it has a dot product of "bfloat16" or of bytes, "int8"."""
+    """Whether machine code is made for this processor, and it has fast dot products.
+
+    Of "bfloat16" or bytes, "int8", by an instruction of their own; of "float32" in vectors of 512 bits.
+    """
     own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
     has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
+    if kind == "float32":
+        return bool(has("avx512f"))
     if kind == "bfloat16":
         return bool(has("avx512bf16"))
     return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
@@ -155,7 +160,7 @@ def _openmp() -> Callable | None:
         return None
 
 
-def in_threads(kernel: Callable, units: int, *args: np.ndarray | np.generic) -> None:
+def in_threads(kernel: Callable, units: int, *args: np.ndarray | np.generic | int) -> None:
     """Call the kernel in as many threads as PyTorch has; they share the `units` of work among themselves.
 
     A kernel takes one unit after the other, by `atomic_add(taken, 0, 1)` on its first argument, up to the last.

@@ -210,10 +210,10 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def _kernels(q: Tensor) -> ModuleType | None:
     """`attention_kernels`, if they serve such queries; numba is not imported for others."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0:
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] % 16 == 0:
         from llama_edu.native import has_dots
 
-        if has_dots("bfloat16"):
+        if has_dots("float32" if q.dtype == torch.float32 else "bfloat16"):
             from llama_edu.model import attention_kernels
 
             return attention_kernels
@@ -231,8 +231,8 @@ def block_attention(
 ) -> Float[Tensor, "batch heads seq head_dim"]:
     """Causal attention, a block of queries at a time against all keys it may see. Keeps its inputs and nothing else.
 
-    The weights of one block exist at a time: memory grows with the context, not with its square. In bfloat16 it is one
-    kernel (`attention_kernels`) where the processor has such products.
+    The weights of one block exist at a time: memory grows with the context, not with its square. It is one kernel
+    (`attention_kernels`) where the processor has fast products of such numbers.
     """
     if (kernels := _kernels(q)) is not None:
         return kernels.attend(q, k, v)
@@ -251,7 +251,8 @@ def block_attention(
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)",
 )
 def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if (kernels := _kernels(q)) is not None:
+    kernels = _kernels(q) if len(k) * k.shape[1] >= torch.get_num_threads() else None  # a thread takes whole heads
+    if kernels is not None:
         return kernels.attend_backward(grad, q, k, v)
     (batch, heads, seq, d), kv, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
     grad_q = q.new_empty(batch, seq, kv, heads // kv, d)

@@ -1,8 +1,10 @@
-"""Causal attention in bfloat16 as machine code, for processors that multiply such numbers; lesson 22 derives it.
+"""Causal attention as machine code, for processors with long enough vectors; lesson 22 derives it.
 
-The blocks of `attention.block_attention`, one key/value head at a time. What a product yields stays in float32 and in
-the caches; only what the next product reads is rounded. The instruction multiplies two neighbours by two neighbours
-and adds both products to a float32, so one side of a product lies in memory as pairs of what is summed over:
+The blocks of `attention.block_attention`, one key/value head at a time, so that what is between the products stays in
+the caches. Sums are float32.
+
+In bfloat16, what the next product reads is rounded. The instruction multiplies two neighbours by two neighbours and
+adds both products to a float32, so one side of a product lies in memory as pairs of what is summed over:
 
     scores  = q k^T          pairs along a row of k:    k turned, [pair, key]
     mixed   = weights v      pairs of keys:             v with two rows beside each other, [pair, feature]
@@ -48,8 +50,8 @@ _TILE = 4  # rows of a product that are summed in registers at a time, for up to
 def _product(columns: int) -> Callable:
     """A numba function: out[i, c] = sum over s of a[i, s] . b[s, c], or that added; i < 4, c < 16 columns, s < n.
 
-    An entry of a or b is a pair of bfloat16 in 32 bits. Each array is flat and comes with the place of its first entry;
-    a with the distances between rows and between steps, b and out with those of their rows.
+    An entry of a or b is a float32, or a pair of bfloat16 in 32 bits. Each array is flat and comes with the place of
+    its first entry; a with the distances between rows and between steps, b and out with those of their rows.
     """
 
     @intrinsic
@@ -58,9 +60,12 @@ def _product(columns: int) -> Callable:
             arrays = {i: context.make_array(signature.args[i])(context, at, args[i]).data for i in (0, 4, 7)}
             numbers = [at.sext(v, I64) if v.type != I64 else v for v in (args[i] for i in (1, 2, 3, 5, 6, 8, 9, 10))]
             a_at, a_row, a_step, b_at, b_row, o_at, o_row, n = numbers
-            const, floats, pairs = (lambda v: ir.Constant(I64, v)), vector(F32), vector(I32)
-            kind = ir.FunctionType(floats, [floats, pairs, pairs])
-            dot = cgutils.get_or_insert_function(at.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+            const, floats = (lambda v: ir.Constant(I64, v)), vector(F32)
+            floating = signature.args[0].dtype == types.float32
+            entries = floats if floating else vector(I32)
+            name = "llvm.fma.v16f32" if floating else "llvm.x86.avx512bf16.dpbf16ps.512"
+            kind = ir.FunctionType(floats, [floats, entries, entries])
+            add = cgutils.get_or_insert_function(at.module, kind, name)
             place = lambda base, i, kind: at.bitcast(at.gep(base, [i]), kind.as_pointer())
             cells = [(i, c) for i in range(_TILE) for c in range(columns)]
             a_rows = [at.add(a_at, at.mul(a_row, const(i))) for i in range(_TILE)]
@@ -75,10 +80,12 @@ def _product(columns: int) -> Callable:
             step.add_incoming(const(0), before)
             sums = [at.phi(floats) for _ in cells]
             here = at.add(b_at, at.mul(step, b_row))
-            right = [at.load(place(arrays[4], at.add(here, const(LANES * c)), pairs), align=4) for c in range(columns)]
+            spots = [at.add(here, const(LANES * c)) for c in range(columns)]
+            right = [at.load(place(arrays[4], spot, entries), align=4) for spot in spots]
             here = at.mul(step, a_step)
             left = [broadcast(at, at.load(at.gep(arrays[0], [at.add(row, here)])), LANES) for row in a_rows]
-            new = [at.call(dot, [total, left[i], right[c]]) for total, (i, c) in zip(sums, cells)]
+            sort = (lambda total, x, y: (x, y, total)) if floating else (lambda *args: args)
+            new = [at.call(add, sort(total, left[i], right[c])) for total, (i, c) in zip(sums, cells)]
             following = at.add(step, const(1))
             step.add_incoming(following, loop)
             for total, start, value in zip(sums, first, new):
@@ -99,20 +106,49 @@ _product_16, _product_32, _product_48, _product_64 = (_product(columns) for colu
 
 
 @compiled
-def _multiply(a, a_row, a_step, b, b_row, out, o_row, rows, columns, n, added):
-    """`_product` for as many rows and columns: rows up to the next multiple of 4, columns a multiple of 16."""
-    whole = columns // 64 * 64
-    for c in range(0, whole, 64):
+def _tile(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added, columns):
+    """`_product` for as many columns, or 64 if these are more."""
+    if columns > 48:
+        _product_64(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added)
+    elif columns > 32:
+        _product_48(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added)
+    elif columns > 16:
+        _product_32(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added)
+    else:
+        _product_16(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added)
+
+
+# The three products with the table of scores, in which row i of a block is query first + i and column j is key j. What
+# lies in the future of all rows of a tile is left out. `per` is how many keys or queries an entry holds.
+
+
+@compiled
+def _scores(block, turned, n, out, wide, rows, first):
+    """out[i, j] = query i of the block times key j, of n entries each."""
+    for j in range(0, first + rows, 64):
         for i in range(0, rows, _TILE):
-            _product_64(a, i * a_row, a_row, a_step, b, c, b_row, out, i * o_row + c, o_row, n, added)
-    for i in range(0, rows, _TILE):
-        to = i * o_row + whole
-        if columns - whole == 48:
-            _product_48(a, i * a_row, a_row, a_step, b, whole, b_row, out, to, o_row, n, added)
-        elif columns - whole == 32:
-            _product_32(a, i * a_row, a_row, a_step, b, whole, b_row, out, to, o_row, n, added)
-        elif columns - whole == 16:
-            _product_16(a, i * a_row, a_row, a_step, b, whole, b_row, out, to, o_row, n, added)
+            keys = first + i + _TILE - j
+            if keys > 0:
+                _tile(block, i * n, n, 1, turned, j, wide, out, i * wide + j, wide, n, False, keys)
+
+
+@compiled
+def _mix(weights, row, per, b, d, out, rows, first):
+    """out[i] = the sum over keys j of weights[i, j] . b[j]; weights have `row` entries from row to row."""
+    for c in range(0, d, 64):
+        for i in range(0, rows, _TILE):
+            n = (first + i + _TILE + per - 1) // per
+            _tile(weights, i * row, row, 1, b, c, d, out, i * d + c, d, n, False, d - c)
+
+
+@compiled
+def _gather(weights, row, per, b, d, sums, rows, first):
+    """Add to sums[j] the sum over queries i of weights[i, j] . b[i]; weights have `row` entries from row to row."""
+    for c in range(0, d, 64):
+        for j in range(0, first + rows, _TILE):
+            i = max(0, j - first) // per
+            n = (rows + per - 1) // per - i
+            _tile(weights, i * row + j, 1, row, b, i * d + c, d, sums, j * d + c, d, n, True, d - c)
 
 
 # Loops that the compiler turns into vectors do up to 256 numbers a turn, and those left over one by one. A row of q has
@@ -127,7 +163,7 @@ def _place(context, b: ir.IRBuilder, signature, args, array: int, at: int, kind:
 
 @intrinsic
 def _move(typingctx, x, x_at, out, o_at):
-    """Copy 8 pairs."""
+    """Copy 8 entries."""
 
     def codegen(context, b, signature, args):
         source, to = (_place(context, b, signature, args, i, i + 1, vector(I32, 8)) for i in (0, 2))
@@ -153,13 +189,14 @@ def _join(typingctx, even, e_at, odd, o_at, out, at):
 
 
 @intrinsic
-def _shorten(typingctx, x, x_at, out, o_at, factor):
-    """16 numbers in float32, times a factor, as bfloat16."""
+def _store(typingctx, x, x_at, out, o_at, factor):
+    """16 numbers in float32, times a factor, as what `out` holds: float32 or bfloat16."""
 
     def codegen(context, b, signature, args):
         x = b.load(_place(context, b, signature, args, 0, 1, vector(F32)), align=4)
-        to = _place(context, b, signature, args, 2, 3, vector(I16))
-        b.store(to_bf16(b, b.fmul(x, broadcast(b, args[4], LANES))), to, align=2)
+        x = b.fmul(x, broadcast(b, args[4], LANES))
+        x = x if signature.args[2].dtype == types.float32 else to_bf16(b, x)
+        b.store(x, _place(context, b, signature, args, 2, 3, x.type), align=2)
         return context.get_dummy_value()
 
     return types.void(x, x_at, out, o_at, types.float32), codegen
@@ -233,8 +270,24 @@ def _weigh(row, seen, scale):
 
 
 @compiled
-def _forward(taken, q, k, v, out):
-    """q, k, v (batch, heads, seq, d / 2) in pairs -> out (batch, seq, heads, d), by threads that take heads in turn."""
+def _slopes(row, slope, seen, scale):
+    """From scores, and the gradient of the weights, to the weights and the gradient of the scores; in place."""
+    part, mean = np.float32(1) / _weigh(row, seen, scale), np.float32(0)
+    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
+    for j in range(row.size):
+        mean += row[j] * slope[j]
+    mean *= part
+    for j in range(row.size):
+        row[j] *= part
+        slope[j] = row[j] * (slope[j] - mean) * scale
+
+
+@compiled
+def _forward(taken, q, k, v, out, parts):
+    """q, k, v (batch, heads, seq, d / 2) in pairs -> out (batch, seq, heads, d), by threads that take heads in turn.
+
+    Where these are few, every `parts`-th block of queries of a head is a unit of its own.
+    """
     batch, heads, seq, half = q.shape
     kv, d = k.shape[1], 2 * half
     group, wide = heads // kv, (seq + 63) // 64 * 64
@@ -246,27 +299,27 @@ def _forward(taken, q, k, v, out):
     scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
     while True:
         unit = atomic_add(taken, 0, 1)
-        if unit >= batch * kv:
+        if unit >= batch * kv * parts:
             return
-        b, head = unit // kv, unit % kv
+        b, head, part = unit // parts // kv, unit // parts % kv, unit % parts
         _turn(k[b, head], turned_k, wide)
         _join_rows(v[b, head], 0, seq, nothing, joined_v)
         for h in range(head * group, (head + 1) * group):
-            for first in range(0, seq, _QUERIES):
+            for first in range(part * _QUERIES, seq, parts * _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
                 _copy(q[b, h], first, last, block)
-                _multiply(block, half, 1, turned_k, wide, scores, wide, rows, keys, half, False)
+                _scores(block, turned_k, half, scores, wide, rows, first)
                 for i in range(rows):
                     row, to = scores[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
                     totals[i] = _weigh(row, first + i + 1, scale)
                     for j in range(0, keys, LANES):
-                        _shorten(row, j, to, j, one)
-                _multiply(weights, wide // 2, 1, joined_v, d, mixed, d, rows, d, keys // 2, False)
+                        _store(row, j, to, j, one)
+                _mix(weights, wide // 2, 2, joined_v, d, mixed, rows, first)
                 for i in range(rows):
-                    to, part = out[b, first + i, h], np.float32(1) / totals[i]
+                    to, factor = out[b, first + i, h], np.float32(1) / totals[i]
                     for c in range(0, d, LANES):
-                        _shorten(mixed, i * d + c, to, c, part)
+                        _store(mixed, i * d + c, to, c, factor)
 
 
 @compiled
@@ -304,21 +357,13 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                 _copy(grad[b, h], first, last, g_block)
                 _join_rows(q[b, h], first, last, nothing, joined_q)
                 _join_rows(grad[b, h], first, last, nothing, joined_g)
-                _multiply(q_block, half, 1, turned_k, wide, scores, wide, rows, keys, half, False)
-                _multiply(g_block, half, 1, turned_v, wide, slopes, wide, rows, keys, half, False)
+                _scores(q_block, turned_k, half, scores, wide, rows, first)
+                _scores(g_block, turned_v, half, slopes, wide, rows, first)
                 for i in range(rows):
-                    seen, here = first + i + 1, i * wide
-                    row, slope, to = scores[here : here + keys], slopes[here : here + keys], short[here : here + keys]
-                    part, mean = np.float32(1) / _weigh(row, seen, scale), np.float32(0)
-                    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
-                    for j in range(keys):
-                        mean += row[j] * slope[j]
-                    mean *= part
-                    for j in range(keys):
-                        row[j] *= part
-                        slope[j] = row[j] * (slope[j] - mean) * scale
+                    slope, to = slopes[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
+                    _slopes(scores[i * wide : i * wide + keys], slope, first + i + 1, scale)
                     for j in range(0, keys, LANES):
-                        _shorten(slope, j, to, j, one)
+                        _store(slope, j, to, j, one)
                 if rows % 2:  # an odd row out is joined to nothing
                     scores[rows * wide : rows * wide + keys] = np.float32(0)
                     slopes[rows * wide : rows * wide + keys] = np.float32(0)
@@ -327,28 +372,107 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                     for j in range(0, keys, LANES):
                         _shorten_two(scores, even + j, odd + j, joined_weights, here + j)
                         _shorten_two(slopes, even + j, odd + j, joined_slopes, here + j)
-                _multiply(short_slopes, wide // 2, 1, joined_k, d, sum_q, d, rows, d, keys // 2, False)
-                _multiply(joined_weights, 1, wide, joined_g, d, sum_v, d, keys, d, pairs, True)
-                _multiply(joined_slopes, 1, wide, joined_q, d, sum_k, d, keys, d, pairs, True)
+                _mix(short_slopes, wide // 2, 2, joined_k, d, sum_q, rows, first)
+                _gather(joined_weights, wide, 2, joined_g, d, sum_v, rows, first)
+                _gather(joined_slopes, wide, 2, joined_q, d, sum_k, rows, first)
                 for i in range(rows):
                     to = grad_q[b, first + i, h]
                     for c in range(0, d, LANES):
-                        _shorten(sum_q, i * d + c, to, c, one)
+                        _store(sum_q, i * d + c, to, c, one)
         for j in range(seq):
             to_k, to_v = grad_k[b, head, j], grad_v[b, head, j]
             for c in range(0, d, LANES):
-                _shorten(sum_k, j * d + c, to_k, c, one)
-                _shorten(sum_v, j * d + c, to_v, c, one)
+                _store(sum_k, j * d + c, to_k, c, one)
+                _store(sum_v, j * d + c, to_v, c, one)
 
 
-def _pairs(x: Tensor) -> np.ndarray:
-    """Neighbours of a row in 32 bits, without a copy where they lie beside each other on even places."""
-    even = x.stride(-1) == 1 and not any(s % 2 for s in (*x.stride()[:-1], x.storage_offset()))
-    return (x if even else x.clone(memory_format=torch.contiguous_format)).detach().view(torch.uint32).numpy()
+@compiled
+def _forward_wide(taken, q, k, v, out, parts):
+    """`_forward` in float32, d numbers a row: nothing is rounded, and nothing joined."""
+    batch, heads, seq, d = q.shape
+    kv = k.shape[1]
+    group, wide = heads // kv, (seq + 63) // 64 * 64
+    turned_k, all_v = np.zeros(d * wide, np.float32), np.zeros(wide * d, np.float32)
+    block, scores = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES * wide, np.float32)
+    mixed, totals = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES, np.float32)
+    scale = np.float32(1 / np.sqrt(d))
+    while True:
+        unit = atomic_add(taken, 0, 1)
+        if unit >= batch * kv * parts:
+            return
+        b, head, part = unit // parts // kv, unit // parts % kv, unit % parts
+        _turn(k[b, head], turned_k, wide)
+        _copy(v[b, head], 0, seq, all_v)
+        for h in range(head * group, (head + 1) * group):
+            for first in range(part * _QUERIES, seq, parts * _QUERIES):
+                last = min(first + _QUERIES, seq)
+                rows, keys = last - first, (last + 63) // 64 * 64
+                _copy(q[b, h], first, last, block)
+                _scores(block, turned_k, d, scores, wide, rows, first)
+                for i in range(rows):
+                    totals[i] = _weigh(scores[i * wide : i * wide + keys], first + i + 1, scale)
+                _mix(scores, wide, 1, all_v, d, mixed, rows, first)
+                for i in range(rows):
+                    to, factor = out[b, first + i, h], np.float32(1) / totals[i]
+                    for c in range(0, d, LANES):
+                        _store(mixed, i * d + c, to, c, factor)
 
 
-def _bits(x: Tensor) -> np.ndarray:
-    return x.view(torch.uint16).numpy()
+@compiled
+def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
+    """`_backward` in float32."""
+    batch, heads, seq, d = q.shape
+    kv = k.shape[1]
+    group, wide = heads // kv, (seq + 63) // 64 * 64
+    turned_k, turned_v = np.zeros(d * wide, np.float32), np.zeros(d * wide, np.float32)
+    all_k, sum_q = np.zeros(wide * d, np.float32), np.zeros(_QUERIES * d, np.float32)
+    q_block, g_block = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES * d, np.float32)
+    scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
+    sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
+    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
+    while True:
+        unit = atomic_add(taken, 0, 1)
+        if unit >= batch * kv:
+            return
+        b, head = unit // kv, unit % kv
+        _turn(k[b, head], turned_k, wide)
+        _turn(v[b, head], turned_v, wide)
+        _copy(k[b, head], 0, seq, all_k)
+        sum_k[:], sum_v[:] = np.float32(0), np.float32(0)
+        for h in range(head * group, (head + 1) * group):
+            for first in range(0, seq, _QUERIES):
+                last = min(first + _QUERIES, seq)
+                rows, keys = last - first, (last + 63) // 64 * 64
+                _copy(q[b, h], first, last, q_block)
+                _copy(grad[b, h], first, last, g_block)
+                _scores(q_block, turned_k, d, scores, wide, rows, first)
+                _scores(g_block, turned_v, d, slopes, wide, rows, first)
+                for i in range(rows):
+                    here = i * wide
+                    _slopes(scores[here : here + keys], slopes[here : here + keys], first + i + 1, scale)
+                _mix(slopes, wide, 1, all_k, d, sum_q, rows, first)
+                _gather(scores, wide, 1, g_block, d, sum_v, rows, first)
+                _gather(slopes, wide, 1, q_block, d, sum_k, rows, first)
+                for i in range(rows):
+                    to = grad_q[b, first + i, h]
+                    for c in range(0, d, LANES):
+                        _store(sum_q, i * d + c, to, c, one)
+        for j in range(seq):
+            to_k, to_v = grad_k[b, head, j], grad_v[b, head, j]
+            for c in range(0, d, LANES):
+                _store(sum_k, j * d + c, to_k, c, one)
+                _store(sum_v, j * d + c, to_v, c, one)
+
+
+def _entries(x: Tensor) -> np.ndarray:
+    """float32, or bfloat16 as neighbours in 32 bits; without a copy where a row lies so that this can be."""
+    even = x.dtype == torch.float32 or not any(s % 2 for s in (*x.stride()[:-1], x.storage_offset()))
+    x = (x if even and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)).detach()
+    return (x if x.dtype == torch.float32 else x.view(torch.uint32)).numpy()
+
+
+def _numbers(x: Tensor) -> np.ndarray:
+    return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()
 
 
 def attend(
@@ -356,10 +480,13 @@ def attend(
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Causal attention in bfloat16, for a head_dim that is a multiple of 16, where `has_dots("bfloat16")`."""
+    """Causal attention in bfloat16 or float32, for head_dim a multiple of 16, where `has_dots` of that kind."""
     batch, heads, seq, d = q.shape
     out = q.new_empty(batch, seq, heads, d)
-    in_threads(_forward, batch * k.shape[1], *map(_pairs, (q, k, v)), _bits(out))
+    units, blocks = batch * k.shape[1], -(-seq // _QUERIES)
+    parts = min(blocks, -(-4 * torch.get_num_threads() // max(1, units)))
+    kernel = _forward_wide if q.dtype == torch.float32 else _forward
+    in_threads(kernel, units * parts, *map(_entries, (q, k, v)), _numbers(out), parts)
     return out.transpose(1, 2)
 
 
@@ -376,5 +503,7 @@ def attend_backward(
     """Gradients of q, k and v, from that of the output of `attend`; the weights are computed again."""
     batch, heads, seq, d = q.shape
     grad_q, grad_k, grad_v = q.new_empty(batch, seq, heads, d), k.new_empty(k.shape), v.new_empty(v.shape)
-    in_threads(_backward, batch * k.shape[1], *map(_pairs, (grad, q, k, v)), *map(_bits, (grad_q, grad_k, grad_v)))
+    results = grad_q, grad_k, grad_v
+    kernel = _backward_wide if q.dtype == torch.float32 else _backward
+    in_threads(kernel, batch * k.shape[1], *map(_entries, (grad, q, k, v)), *map(_numbers, results))
     return grad_q.transpose(1, 2), grad_k, grad_v
