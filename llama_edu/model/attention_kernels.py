@@ -254,6 +254,15 @@ def _copy(x, first, last, out):
 
 
 @compiled
+def _write(x, out, first, last):
+    """The other way: rows of float32 to rows first to last of out, as what it holds."""
+    d = out.shape[1]
+    for i in range(first, last):
+        for c in range(0, d, LANES):
+            _store(x, (i - first) * d + c, out[i], c, np.float32(1))
+
+
+@compiled
 def _weigh(row, seen, scale):
     """Scores become e to the scaled score, less the largest; what is not seen becomes 0. Returns the sum.
 
@@ -375,15 +384,9 @@ def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                 _mix(short_slopes, wide // 2, 2, joined_k, d, sum_q, rows, first)
                 _gather(joined_weights, wide, 2, joined_g, d, sum_v, rows, first)
                 _gather(joined_slopes, wide, 2, joined_q, d, sum_k, rows, first)
-                for i in range(rows):
-                    to = grad_q[b, first + i, h]
-                    for c in range(0, d, LANES):
-                        _store(sum_q, i * d + c, to, c, one)
-        for j in range(seq):
-            to_k, to_v = grad_k[b, head, j], grad_v[b, head, j]
-            for c in range(0, d, LANES):
-                _store(sum_k, j * d + c, to_k, c, one)
-                _store(sum_v, j * d + c, to_v, c, one)
+                _write(sum_q, grad_q[b, :, h], first, last)
+        _write(sum_k, grad_k[b, head], 0, seq)
+        _write(sum_v, grad_v[b, head], 0, seq)
 
 
 @compiled
@@ -429,7 +432,7 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
     q_block, g_block = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES * d, np.float32)
     scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
     sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
-    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
+    scale = np.float32(1 / np.sqrt(d))
     while True:
         unit = atomic_add(taken, 0, 1)
         if unit >= batch * kv:
@@ -453,15 +456,9 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                 _mix(slopes, wide, 1, all_k, d, sum_q, rows, first)
                 _gather(scores, wide, 1, g_block, d, sum_v, rows, first)
                 _gather(slopes, wide, 1, q_block, d, sum_k, rows, first)
-                for i in range(rows):
-                    to = grad_q[b, first + i, h]
-                    for c in range(0, d, LANES):
-                        _store(sum_q, i * d + c, to, c, one)
-        for j in range(seq):
-            to_k, to_v = grad_k[b, head, j], grad_v[b, head, j]
-            for c in range(0, d, LANES):
-                _store(sum_k, j * d + c, to_k, c, one)
-                _store(sum_v, j * d + c, to_v, c, one)
+                _write(sum_q, grad_q[b, :, h], first, last)
+        _write(sum_k, grad_k[b, head], 0, seq)
+        _write(sum_v, grad_v[b, head], 0, seq)
 
 
 def _entries(x: Tensor) -> np.ndarray:

@@ -45,7 +45,7 @@ def _add(part: Tensor, total: Tensor, is_first: bool) -> None:
 
 
 def _kernel(device: str, dtype: torch.dtype) -> Callable | None:
-    """The same as one kernel, where there is one."""
+    """`_softmax_minus_target` of a whole chunk as one kernel, where there is one."""
     if device != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return None
     from llama_edu.training.loss_kernels import softmax_minus_target  # numba is not imported for others
