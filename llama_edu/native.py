@@ -67,6 +67,11 @@ def has_dots(kind: str) -> bool:
     return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
 
 
+def has_tiles() -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 numbers (AMX), which only libraries make use of."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
+
+
 @intrinsic
 def widen(typingctx, value):
     """float32 from float32 or from the bits of a bfloat16."""

@@ -1,5 +1,8 @@
 """Attention: masks, grouped heads, the tiled version by hand, and the interchangeable inner products."""
 
+import functools
+import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import profile
 
 from llama_edu.config import LlamaConfig
 from llama_edu.model.attention import (
@@ -19,6 +23,7 @@ from llama_edu.model.attention import (
     FlexAttention,
     ManualAttention,
     ScaledDotProduct,
+    _has_kernels,
     attention_weights,
     block_attention,
     causal_mask,
@@ -212,6 +217,8 @@ from llama_edu.model import attention
 for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
     q, k, v = (torch.randn(1, 2, 140, 32).to(dtype) for _ in range(3))
     assert attention._kernels(q) is None
+    assert "block" not in type(attention.ScaledDotProduct()(q.requires_grad_(), k, v).grad_fn).__name__
+    q = q.detach()
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     assert (attention.block_attention(q, k, v) - exact).norm() < limit * exact.norm()
 """
@@ -220,16 +227,92 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_blocks_serve_long_causal_sequences_alone():
-    def used(q, k, v, mask=None):
-        out = ScaledDotProduct()(q, k, v, mask)
-        return "block_attention" in type(out.grad_fn).__name__
+def used(q, k, v, mask=None):
+    out = ScaledDotProduct()(q, k, v, mask)
+    return "block_attention" in type(out.grad_fn).__name__
 
-    long, short = ([x.float().requires_grad_() for x in heads(seq=n)] for n in (BLOCK, BLOCK - 1))
-    assert used(*long) and not used(*short)
+
+def test_blocks_serve_long_causal_sequences_alone():
+    long, short = ([x.float().requires_grad_() for x in heads(seq=n, head_dim=16)] for n in (BLOCK, BLOCK - 1))
+    assert used(*long) == _has_kernels(torch.float32, 16) and not used(*short)
     assert not used(*long, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool).tril())
+    assert not used(*(x.double() for x in long))
     with manual_backward(False):
         assert not used(*long)
+
+
+MISFITS = {  # batch, heads, length, head_dim of q, k and v
+    "keys that go on after the queries": ((1, 4, BLOCK, 16), (1, 2, BLOCK + 900, 16), (1, 2, BLOCK + 900, 16)),
+    "heads that do not divide": ((1, 5, BLOCK, 16), (1, 2, BLOCK, 16), (1, 2, BLOCK, 16)),
+    "another batch": ((2, 4, BLOCK, 16), (1, 2, BLOCK, 16), (1, 2, BLOCK, 16)),
+    "narrow values": ((1, 4, BLOCK, 32), (1, 2, BLOCK, 32), (1, 2, BLOCK, 16)),
+    "one value head for two key heads": ((1, 4, BLOCK, 16), (1, 2, BLOCK, 16), (1, 1, BLOCK, 16)),
+    "values that end before the keys": ((1, 4, BLOCK, 16), (1, 2, BLOCK, 16), (1, 2, BLOCK // 2, 16)),
+}
+
+
+def told(function, *args):
+    """The result, or the kind of error."""
+    try:
+        return function(*args)
+    except (RuntimeError, ValueError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_heads_that_do_not_fit_reach_no_kernel(misfit):
+    """They take addresses and would read and write beyond. PyTorch's kernel serves what it can, or refuses."""
+    q, k, v = (torch.randn(shape) for shape in MISFITS[misfit])
+    unchecked = inspect.unwrap(block_attention._init_fn)  # tests check annotated shapes, a program does not
+    with pytest.raises(ValueError, match="k and v must have"):
+        unchecked(q, k, v)
+    fused = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    ours, theirs = told(inspect.unwrap(ScaledDotProduct.forward), ScaledDotProduct(), q, k, v), told(fused, q, k, v)
+    assert ours is theirs if isinstance(theirs, type) else torch.equal(ours, theirs)
+
+
+def test_other_dtypes_of_keys_reach_no_kernel():
+    q, k, v = heads(seq=BLOCK, head_dim=16, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"in float32, k .* in bfloat16"):
+        block_attention(q, k.bfloat16(), v.bfloat16())
+    with pytest.raises(RuntimeError, match="same dtype"):
+        ScaledDotProduct()(q, k.bfloat16(), v.bfloat16())
+
+
+@pytest.mark.parametrize("batch, seq", [(0, 4), (0, BLOCK + 4), (2, 0)])
+@pytest.mark.parametrize("manual", [None, False, True])
+def test_no_sequences_and_no_tokens_give_as_many_outputs(batch, seq, manual):
+    module, x = attention(dim=64)[0], torch.randn(batch, seq, 64, requires_grad=True)
+    angles = [t[None] for t in rope_table(LlamaConfig(dim=64, n_layers=1, n_heads=4, vocab_size=1), max(seq, 1))]
+    with nullcontext() if manual is None else manual_backward(manual):
+        out = module(x, *(t[:, :seq] for t in angles))
+        out.sum().backward()
+    assert out.shape == x.shape == x.grad.shape
+
+
+def test_memory_of_tiles_does_not_grow_with_the_context():
+    def extra(function, seq):
+        inputs = [x.requires_grad_() for x in heads(1, 4, 2, seq, 32, torch.float32)]
+        gc.collect()
+        with profile(profile_memory=True) as record:
+            function(*inputs).sum().backward()
+        held = peak = 0
+        for event in record.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return peak - inputs[0].nbytes - sum(x.grad.nbytes for x in inputs)
+
+    tiled = lambda *qkv: ManualAttention.apply(*qkv, None, 64)
+    kept = 4 * 4 * 2048 * 2  # one number per query in float32, and a copy of it
+    assert extra(tiled, 2048) < 1.1 * extra(tiled, 512) + kept
+    assert extra(plain, 2048) > 10 * extra(plain, 512)
+
+
+@pytest.mark.parametrize("tile", [0, -3])
+def test_tiles_have_a_size(tile):
+    with pytest.raises(ValueError, match=f"tile is {tile}; it must be at least 1"):
+        tiled_attention(*heads(), tile=tile)
 
 
 def test_log_denominators_are_those_of_softmax():
@@ -321,6 +404,8 @@ def test_equal_heads_pool_to_themselves():
     torch.testing.assert_close(pooled, one.reshape(16, 5))
     with pytest.raises(ValueError, match="do not pool into 5"):
         mean_pool_heads(torch.randn(48, 5), 8, 5)
+    with pytest.raises(ValueError, match="do not pool into 0"):
+        mean_pool_heads(torch.randn(48, 5), 8, 0)
 
 
 def test_a_pooled_module_of_equal_heads_computes_the_same():

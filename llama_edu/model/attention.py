@@ -87,30 +87,31 @@ def mean_pool_heads(
 
     Source: Ainslie et al., arXiv 2305.13245, section 2.1.
     """
-    if w.shape[0] % (head_dim * n_kv_heads):
+    if n_kv_heads < 1 or w.shape[0] % (head_dim * n_kv_heads):
         raise ValueError(
             f"{w.shape[0]} rows hold {w.shape[0] / head_dim:g} heads of {head_dim}; they do not pool into {n_kv_heads}"
         )
     return reduce(w, "(kv group d) cols -> (kv d) cols", "mean", kv=n_kv_heads, d=head_dim)
 
 # %% ../../notebooks/22_attention.ipynb #45d80874
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of the masked scores, with the rows and columns they cover.
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
-    Shapes: q (b, kv, group, queries, d), k (b, kv, keys, d). `mask` None is causal; tiles wholly in the future are left
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, tile: int) -> Iterator[tuple[slice, Tensor]]:
+    """The masked scores of some queries in tiles, with the keys that each covers.
+
+    Shapes: q (b, kv, group, rows, d), k (b, kv, keys, d). `mask` None is causal; tiles wholly in the future are left
     out then.
     """
-    (queries, d), keys = q.shape[-2:], k.shape[-2]
-    for top in range(0, queries, tile):
-        rows = slice(top, min(top + tile, queries))
-        for left in range(0, keys if mask is not None else rows.stop, tile):
-            cols = slice(left, min(left + tile, keys))
-            s = einsum(q[..., rows, :], k[..., cols, :], "b n g q d, b n k d -> b n g q k") * d**-0.5
-            if mask is not None:
-                s = s.masked_fill(~mask[:, :, None, rows, cols], -torch.inf)
-            elif cols.stop > rows.start + 1:
-                s = s.masked_fill(torch.ones_like(s[0, 0, 0], dtype=torch.bool).triu(top - left + 1), -torch.inf)
-            yield rows, cols, s
+    for cols in _slices(k.shape[2] if mask is not None else rows.stop, tile):
+        s = einsum(q, k[..., cols, :].to(q.dtype), "b n g q d, b n k d -> b n g q k") * q.shape[-1] ** -0.5
+        if mask is not None:
+            s = s.masked_fill(~mask[:, :, None, rows, cols], -torch.inf)
+        elif cols.stop > rows.start + 1:
+            future = s.new_ones(s.shape[-2:], dtype=torch.bool).triu(rows.start - cols.start + 1)
+            s = s.masked_fill(future, -torch.inf)
+        yield cols, s
 
 # %% ../../notebooks/22_attention.ipynb #cfabb4ad
 def tiled_attention(
@@ -125,27 +126,35 @@ def tiled_attention(
 
     Args:
         mask: True where a query may look; None is the causal mask, for as many queries as keys.
-        tile: queries and keys in one tile. Extra memory grows with its square, not with the context's.
+        tile: queries and keys in one tile. Memory besides the results grows with its square, not with the context.
 
     The sums are kept in float32 at least. A query that sees nothing gets zeros, and -inf.
 
+    Raises:
+        ValueError: `tile` is less than 1.
+
     Source: Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135, algorithm 1.
     """
-    dtype = q.dtype
-    q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
+    if tile < 1:
+        raise ValueError(f"tile is {tile}; it must be at least 1")
+    wide = torch.promote_types(q.dtype, torch.float32)
     q = rearrange(q, "b (n g) q d -> b n g q d", n=k.shape[1])
-    top = q.new_full(q.shape[:-1], -torch.inf)
-    total, mixed = torch.zeros_like(top), torch.zeros_like(q)
-    for rows, cols, s in _scores(q, k, mask, tile):
-        new_top = torch.maximum(top[..., rows], s.amax(-1))
-        base = new_top.masked_fill(new_top == -torch.inf, 0)  # nothing seen yet: any base will do
-        shrink, p = torch.exp(top[..., rows] - base), torch.exp(s - base[..., None])
-        total[..., rows] = total[..., rows] * shrink + p.sum(-1)
-        weighted = einsum(p, v[..., cols, :], "b n g q k, b n k d -> b n g q d")
-        mixed[..., rows, :] = mixed[..., rows, :] * shrink[..., None] + weighted
-        top[..., rows] = new_top
-    out = mixed / total.masked_fill(total == 0, 1)[..., None]
-    return rearrange(out, "b n g q d -> b (n g) q d").to(dtype), (top + total.log()).flatten(1, 2)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide)
+    for rows in _slices(q.shape[3], tile):
+        part = q[..., rows, :].to(wide)
+        top = part.new_full(part.shape[:-1], -torch.inf)
+        total, mixed = torch.zeros_like(top), torch.zeros_like(part)
+        for cols, s in _scores(part, k, mask, rows, tile):
+            new_top = torch.maximum(top, s.amax(-1))
+            base = new_top.masked_fill(new_top == -torch.inf, 0)  # nothing seen yet: any base will do
+            shrink, p = torch.exp(top - base), torch.exp(s - base[..., None])
+            total = total * shrink + p.sum(-1)
+            weighted = einsum(p, v[..., cols, :].to(wide), "b n g q k, b n k d -> b n g q d")
+            mixed = mixed * shrink[..., None] + weighted
+            top = new_top
+        out[..., rows, :] = mixed / total.masked_fill(total == 0, 1)[..., None]
+        lse[..., rows] = top + total.log()
+    return out.flatten(1, 2), lse.flatten(1, 2)
 
 # %% ../../notebooks/22_attention.ipynb #5cf40001
 class ManualAttention(torch.autograd.Function):
@@ -165,21 +174,23 @@ class ManualAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, mask, out, lse = ctx.saved_tensors
-        dtype, n = q.dtype, k.shape[1]
-        q, k, v, grad, out = (x.to(lse.dtype) for x in (q, k, v, grad, out))
-        q, grad, out = (rearrange(x, "b (n g) q d -> b n g q d", n=n) for x in (q, grad, out))
-        lse = rearrange(lse, "b (n g) q -> b n g q 1", n=n)
+        n, wide = k.shape[1], lse.dtype
+        q, grad, out, lse = (rearrange(x, "b (n g) ... -> b n g ...", n=n) for x in (q, grad, out, lse))
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing: its weights become e^-inf = 0
-        row_sums = (grad * out).sum(-1, keepdim=True)
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, cols, s in _scores(q, k, mask, ctx.tile):
-            p, g = torch.exp(s - lse[..., rows, :]), grad[..., rows, :]
-            grad_v[..., cols, :] += einsum(p, g, "b n g q k, b n g q d -> b n k d")
-            grad_p = einsum(g, v[..., cols, :], "b n g q d, b n k d -> b n g q k")
-            grad_s = p * (grad_p - row_sums[..., rows, :]) * q.shape[-1] ** -0.5
-            grad_q[..., rows, :] += einsum(grad_s, k[..., cols, :], "b n g q k, b n k d -> b n g q d")
-            grad_k[..., cols, :] += einsum(grad_s, q[..., rows, :], "b n g q k, b n g q d -> b n k d")
-        return grad_q.flatten(1, 2).to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
+        grad_q = q.new_empty(q.shape)
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))  # every block of queries adds to them
+        for rows in _slices(q.shape[3], ctx.tile):
+            part, g = q[..., rows, :].to(wide), grad[..., rows, :].to(wide)
+            row_sums, sums = (g * out[..., rows, :]).sum(-1, keepdim=True), torch.zeros_like(part)
+            for cols, s in _scores(part, k, mask, rows, ctx.tile):
+                p = torch.exp(s - lse[..., rows, None])
+                grad_v[..., cols, :] += einsum(p, g, "b n g q k, b n g q d -> b n k d")
+                grad_p = einsum(g, v[..., cols, :].to(wide), "b n g q d, b n k d -> b n g q k")
+                grad_s = p * (grad_p - row_sums) * q.shape[-1] ** -0.5
+                sums += einsum(grad_s, k[..., cols, :].to(wide), "b n g q k, b n k d -> b n g q d")
+                grad_k[..., cols, :] += einsum(grad_s, part, "b n g q k, b n g q d -> b n k d")
+            grad_q[..., rows, :] = sums
+        return grad_q.flatten(1, 2), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 # %% ../../notebooks/22_attention.ipynb #b10c0a02
 BLOCK = 128  # queries a block: enough for fast products, and their weights stay in the processor's cache
@@ -194,12 +205,8 @@ def _block_weights(q: Tensor, k: Tensor, rows: slice) -> Tensor:
     scores = torch.baddbmm(part.new_zeros(()), part, k[:, : rows.stop].mT, beta=0, alpha=q.shape[-1] ** -0.5)
     n = rows.stop - rows.start
     future = torch.full((n, n), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores.view(len(q), -1, n, rows.stop)[..., rows] += future
+    scores.unflatten(1, (-1, n))[..., rows] += future
     return torch.softmax(scores, -1)
-
-
-def _blocks(seq: int) -> list[slice]:
-    return [slice(first, min(first + BLOCK, seq)) for first in range(0, seq, BLOCK)]
 
 
 def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,16 +215,43 @@ def _by_kv_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q.reshape(batch * kv, heads // kv, seq, d), k, v
 
 
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether keys and values are as many as the queries and of their kind, in heads that divide theirs."""
+    same_kind = (q.dtype, q.device) == (k.dtype, k.device) == (v.dtype, v.device)
+    if not (same_kind and q.dim() == k.dim() == v.dim() == 4 and k.shape == v.shape and k.shape[1] > 0):
+        return False
+    batch, heads, seq, d = q.shape
+    return bool(k.shape == (batch, k.shape[1], seq, d) and heads % k.shape[1] == 0)
+
+
+def _need_fit(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not _fit(q, k, v):
+        told = (f"{name} {tuple(x.shape)} in {str(x.dtype)[6:]}" for name, x in zip(("q", "k", "v"), (q, k, v)))
+        raise ValueError(
+            f"block_attention got {', '.join(told)}: k and v must have the batch, length, head_dim, dtype and device "
+            "of q, and a number of heads that divides its heads; scaled_dot_product_attention takes other lengths"
+        )
+
+
+@torch.compiler.assume_constant_result  # a compiler need not follow how processors are told apart
+def _has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `attention_kernels` serve such heads on this processor; numba is not imported for others."""
+    if dtype not in (torch.float32, torch.bfloat16) or head_dim % 16:
+        return False
+    from llama_edu.native import has_dots, has_tiles
+
+    if dtype == torch.float32:
+        return has_dots("float32")
+    return has_dots("bfloat16") and not has_tiles()  # PyTorch's kernel multiplies by tiles where there are some
+
+
 def _kernels(q: Tensor) -> ModuleType | None:
-    """`attention_kernels`, if they serve such queries; numba is not imported for others."""
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.shape[-1] % 16 == 0:
-        from llama_edu.native import has_dots
+    """`attention_kernels`, if they serve such queries."""
+    if q.device.type != "cpu" or not _has_kernels(q.dtype, q.shape[-1]):
+        return None
+    from llama_edu.model import attention_kernels
 
-        if has_dots("float32" if q.dtype == torch.float32 else "bfloat16"):
-            from llama_edu.model import attention_kernels
-
-            return attention_kernels
-    return None
+    return attention_kernels
 
 
 # An operation of its own is one step for torch.compile and for activation checkpointing, as PyTorch's kernels are.
@@ -233,13 +267,17 @@ def block_attention(
 
     The weights of one block exist at a time: memory grows with the context, not with its square. It is one kernel
     (`attention_kernels`) where the processor has fast products of such numbers.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
     """
+    _need_fit(q, k, v)
     if (kernels := _kernels(q)) is not None:
         return kernels.attend(q, k, v)
     (batch, heads, seq, d), kv = q.shape, k.shape[1]
     out = q.new_empty(batch, seq, kv, heads // kv, d)
     q, k, v = _by_kv_head(q, k, v)
-    for rows in _blocks(seq):
+    for rows in _slices(seq, BLOCK):
         mixed = torch.bmm(_block_weights(q, k, rows), v[:, : rows.stop])
         out[:, rows] = rearrange(mixed, "(b n) (g q) d -> b q n g d", n=kv, g=heads // kv)
     return out.flatten(2, 3).transpose(1, 2)
@@ -259,7 +297,7 @@ def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> 
     q, k, v = _by_kv_head(q, k, v)
     grad = rearrange(grad, "b (n g) q d -> (b n) g q d", n=kv)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-    for rows in _blocks(seq):
+    for rows in _slices(seq, BLOCK):
         keys = slice(rows.stop)
         p = _block_weights(q, k, rows)
         part, g = q[:, :, rows].flatten(1, 2), grad[:, :, rows].flatten(1, 2)
@@ -272,14 +310,15 @@ def _block_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> 
     return grad_q.flatten(2, 3).transpose(1, 2), grad_k, grad_v
 
 
-def _like(q: Tensor) -> Tensor:
+def _like(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _need_fit(q, k, v)
     batch, heads, seq, d = q.shape
     return q.new_empty(batch, seq, heads, d).transpose(1, 2)
 
 
-block_attention.register_fake(lambda q, k, v: _like(q))
+block_attention.register_fake(_like)
 _block_attention_backward.register_fake(
-    lambda grad, q, k, v: (_like(q), torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape))
+    lambda grad, q, k, v: (_like(q, k, v), k.new_empty(k.shape), v.new_empty(v.shape))
 )
 block_attention.register_autograd(
     lambda ctx, grad: _block_attention_backward(grad, *ctx.saved_tensors),
@@ -305,8 +344,8 @@ class ScaledDotProduct(nn.Module):
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         if is_manual():
             return ManualAttention.apply(q, k, v, mask)
-        on_cpu = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
-        if is_manual(default=on_cpu and mask is None and q.shape[2] >= BLOCK and type(q) is Tensor):
+        causal_on_cpu = mask is None and q.device.type == "cpu" and q.shape[2] >= BLOCK and type(q) is Tensor
+        if is_manual(default=causal_on_cpu and _has_kernels(q.dtype, q.shape[3]) and _fit(q, k, v)):
             return block_attention(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -411,10 +450,10 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; those of `x` are added.
             layer: which layer of the cache is this one's.
         """
-        batch, seq, _ = x.shape
-        q = self.wq(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        k = self.wk(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        v = self.wv(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        seq = x.shape[1]
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)
