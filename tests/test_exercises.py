@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from llama_edu.errors import UserError
 from llama_edu.exercises import Exercise
@@ -53,24 +55,98 @@ def test_every_lesson_has_three_exercises_or_more():
     assert not {lesson: n for lesson, n in counts.items() if n < 3}
 
 
+@cache
+def lesson(stem: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+
+
+def solution(exercise: Exercise):
+    """The function of the solution that the lesson folds away."""
+    notebook = lesson(exercise.lesson)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    solutions = dict(SOLUTION.findall(text))
+    assert exercise.name in solutions, f"lesson {exercise.lesson} folds away no solution of {exercise.name}"
+    return define(imports(notebook) + "\n" + solutions[exercise.name], exercise.name)
+
+
 @pytest.mark.parametrize("topic, exercise", ALL, ids=[f"{t}-{e.name}" for t, e in ALL])
 def test_skeleton_is_open_and_the_printed_solution_passes(topic, exercise):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{exercise.lesson}.ipynb", as_version=4)
+    notebook = lesson(exercise.lesson)
     skeletons = [c.source for c in notebook.cells if re.search(rf"^def {exercise.name}\(", c.source, re.M)]
     skeletons = [s for s in skeletons if "raise NotImplementedError" in s]
     assert len(skeletons) == 1, f"lesson {exercise.lesson} has {len(skeletons)} skeletons of {exercise.name}"
     known = imports(notebook)
     assert "not written yet" in exercise.diagnose(define(known + "\n" + skeletons[0], exercise.name))
+    assert exercise.diagnose(solution(exercise)) is None
 
-    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    solutions = dict(SOLUTION.findall(text))
-    assert exercise.name in solutions, f"lesson {exercise.lesson} folds away no solution of {exercise.name}"
-    assert exercise.diagnose(define(known + "\n" + solutions[exercise.name], exercise.name)) is None
+
+@pytest.mark.parametrize("topic, exercise", ALL, ids=[f"{t}-{e.name}" for t, e in ALL])
+def test_a_forgotten_value_is_said_to_be_missing(topic, exercise):
+    assert exercise.diagnose(lambda *args: None) == f"`{exercise.name}` returned nothing: does it end with `return`?"
+
+    solve, several = solution(exercise), False
+
+    def some(kept: slice):
+        """The solution, with None for each of its values but the kept ones."""
+
+        def attempt(*args):
+            nonlocal several
+            answer = solve(*args)
+            if not isinstance(answer, tuple | list):
+                return answer
+            several = several or bool(answer)
+            return type(answer)(v if i in range(len(answer))[kept] else None for i, v in enumerate(answer))
+
+        return attempt
+
+    for kept in (slice(0), slice(1), slice(1, None)):
+        verdict = exercise.diagnose(some(kept))
+        if not several:
+            assert verdict is None
+        elif verdict is not None:
+            assert not verdict.startswith(f"`{exercise.name}` raised"), verdict
+            assert "that the check cannot use" not in verdict, verdict
+    if several:
+        assert re.search(r"returned \d+ values, and number 1 is None", exercise.diagnose(some(slice(0))))
+
+
+def test_an_exception_is_blamed_on_who_raised_it():
+    made = Exercise("10_bpe", "double", 1, 5, lambda attempt: None if attempt(2).real == 4 else "no")
+    assert made.diagnose(lambda x: 2 * x) is None and made.diagnose(lambda x: x) == "no"
+    assert made.diagnose(lambda x: x / 0) == "`double` raised ZeroDivisionError: division by zero"
+    assert "returned a value of type str that the check cannot use" in made.diagnose(lambda x: "4")
+    assert made.diagnose(4) == "Hand over the function itself, without calling it: `check_double(double)`."
+
+    def no_kernel(x):
+        raise NotImplementedError("'rsqrt' not implemented for 'Half'")
+
+    assert made.diagnose(no_kernel) == "`double` raised NotImplementedError: 'rsqrt' not implemented for 'Half'"
+    twice = Exercise("10_bpe", "twice", 1, 5, lambda attempt: None if attempt(1) + attempt(2) == 6 else "no")
+    assert "returned nothing for some arguments" in twice.diagnose(lambda x: 2 if x == 1 else None)
+
+
+MODEL = [e for _, e in ALL if e.lesson[:2] in ("20", "21", "22", "23", "24", "25")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("exercise", MODEL, ids=[e.name for e in MODEL])
+def test_a_right_answer_is_right_in_either_precision_and_as_a_list(exercise, dtype):
+    solve = solution(exercise)
+
+    def other(value):
+        if isinstance(value, dict):
+            return {name: other(v) for name, v in value.items()}
+        if isinstance(value, tuple):
+            return [other(v) for v in value]
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    if exercise.name != "rms_norm":  # whose result must have the dtype of x
+        assert exercise.diagnose(lambda *args: other(solve(*args))) is None
 
 
 @pytest.mark.parametrize("topic, exercise", ALL, ids=[f"{t}-{e.name}" for t, e in ALL])
 def test_two_hints_and_the_solution_follow_the_check(topic, exercise):
-    cells = nbformat.read(ROOT / "notebooks" / f"{exercise.lesson}.ipynb", as_version=4).cells
+    cells = lesson(exercise.lesson).cells
     call = f"check_{exercise.name}({exercise.name})"
     (place,) = [i for i, c in enumerate(cells) if c.cell_type == "code" and call in c.source.splitlines()]
     folded = cells[place + 1]

@@ -45,20 +45,52 @@ class Exercise:
     minutes: int
     judge: Callable[[Callable], str | None]
 
-    def diagnose(self, attempt: Callable) -> str | None:
+    def diagnose(self, attempt: object) -> str | None:
         """None when the attempt is right, else one sentence that says what to look at."""
-        try:
-            return self.judge(attempt)
-        except NotImplementedError:
-            return f"`{self.name}` is not written yet: replace `raise NotImplementedError` with your code."
-        except Exception as error:  # the reader's code may raise anything; the verdict names it instead of a traceback
-            return f"`{self.name}` raised {type(error).__name__}: {error}"
+        if not callable(attempt):
+            return f"Hand over the function itself, without calling it: `check_{self.name}({self.name})`."
+        answers, raised = [], []
 
-    def __call__(self, attempt: Callable) -> None:
+        def watched(*args, **kwargs):
+            try:
+                answer = attempt(*args, **kwargs)
+            except Exception as error:
+                raised.append(error)
+                raise
+            answers.append(answer)
+            return answer
+
+        try:
+            verdict = self.judge(watched)
+            return verdict and (_missing(self.name, answers, all) or verdict)
+        except Exception as error:  # the reader's code may raise anything; the verdict names it instead of a traceback
+            if isinstance(error, NotImplementedError) and not error.args:  # PyTorch's own comes with words
+                return f"`{self.name}` is not written yet: replace `raise NotImplementedError` with your code."
+            if not answers or any(error is own for own in raised):
+                return f"`{self.name}` raised {type(error).__name__}: {error}"
+            return _missing(self.name, answers, any) or (
+                f"`{self.name}` returned a value of type {type(answers[-1]).__name__} that the check cannot use "
+                f"({error}): what does the exercise ask for?"
+            )
+
+    def __call__(self, attempt: object) -> None:
         verdict = self.diagnose(attempt)
         print(f"Right: {self.name}." if verdict is None else f"Not yet: {verdict}")
         if verdict is None:
             _remember(self)
+
+
+def _missing(name: str, answers: list, enough: Callable) -> str | None:
+    """A sentence if all (or any, whichever `enough` is) of the answers, or of the values in one of them, are None."""
+    if answers and enough(answer is None for answer in answers):
+        if all(answer is None for answer in answers):
+            return f"`{name}` returned nothing: does it end with `return`?"
+        return f"`{name}` returned nothing for some arguments: does every way through it end with `return`?"
+    for answer in answers:
+        if isinstance(answer, tuple | list) and answer and enough(value is None for value in answer):
+            place = next(i for i, value in enumerate(answer, 1) if value is None)
+            return f"`{name}` returned {len(answer)} values, and number {place} is None: it is still missing."
+    return None
 
 
 def exercise(*, lesson: str, level: int, minutes: int) -> Callable[[Callable], Exercise]:

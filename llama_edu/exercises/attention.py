@@ -28,14 +28,36 @@ def _attend(q, k, v, *, scale=None, diagonal=0, fill=-torch.inf, axis=-1):
 @exercise(lesson=_LESSON, level=1, minutes=10)
 def check_attend(attempt):
     q, k, v = _heads(2, 3, 6, 16)
-    out = attempt(q, k, v)
-    if not isinstance(out, torch.Tensor) or out.shape != v.shape:
-        return f"The output has shape {tuple(getattr(out, 'shape', ()))}; it is that of v, {tuple(v.shape)}."
+    out = attempt(q.clone(), k.clone(), v.clone())
+    if out.shape != v.shape:
+        return f"The output has shape {tuple(out.shape)}; it is that of v, {tuple(v.shape)}."
     if _same(out, _attend(q, k, v)):
-        big = attempt(100 * q, 100 * k, v)
-        return None if big.isfinite().all() else "Scores of 10,000 give inf or nan: use torch.softmax, not exp and sum."
+        q, k = 1024 * q.round(), 1024 * k.round()  # scores of a million, and exact in float32
+        big, right = attempt(q.clone(), k.clone(), v.clone()), _attend(q, k, v)
+        if _same(big, right):
+            return None
+        weights = (q @ k.mT / 4).softmax(-1).tril()
+        if _same(big.nan_to_num(0), (weights / weights.sum(-1, keepdim=True) @ v).nan_to_num(0)):
+            return (
+                "You masked after the softmax and normalised again: where a hidden key has by far the largest score, "
+                "the visible weights round to 0, and 0 / 0 is nan. Mask the scores before the softmax."
+            )
+        if not big.isfinite().all():
+            return "Scores of a million give inf or nan: use torch.softmax, not exp and sum."
+        return (
+            "Right for small scores only: beside scores of minus a million your masked ones are large. Set them to "
+            "-torch.inf."
+        )
     if _same(out, _attend(q, k, v, scale=1.0)):
         return "The scores are not scaled: divide them by the root of head_dim before the softmax."
+    if _same(out, _attend(q, k, v, scale=q.shape[-1] ** 0.5)):
+        return "You multiplied by the root of head_dim; divide by it."
+    if _same(out, _attend(k, q, v)):
+        return "Queries and keys are exchanged: row i of the scores belongs to query i, q @ k.mT."
+    if out.isnan().all():
+        return (
+            "Everything is nan. Did you multiply the mask by infinity? 0 * inf is nan: use masked_fill or torch.where."
+        )
     if _same(out, _attend(q, k, v, scale=1 / q.shape[-1])):
         return "You divided by head_dim; the scores have variance head_dim, so divide by its root."
     if _same(out, _attend(q, k, v, diagonal=5)):
@@ -63,11 +85,13 @@ def check_attend(attempt):
 @exercise(lesson=_LESSON, level=1, minutes=5)
 def check_share_heads(attempt):
     k = _heads(2, 2, 3, 4)[0]
-    out = attempt(k, 6)
-    if not isinstance(out, torch.Tensor) or out.shape != (2, 6, 3, 4):
-        return f"The result has shape {tuple(getattr(out, 'shape', ()))}; 2 heads for 6 query heads make (2, 6, 3, 4)."
+    out = attempt(k.clone(), 6)
+    if out.shape != (2, 6, 3, 4):
+        return f"The result has shape {tuple(out.shape)}; 2 heads for 6 query heads make (2, 6, 3, 4)."
     if torch.equal(out, k.repeat_interleave(3, dim=1)):
-        return None
+        if all(torch.equal(attempt(k[:, :n].clone(), 4), k[:, :n].repeat_interleave(4 // n, dim=1)) for n in (1, 2)):
+            return None
+        return "Right for 2 heads and 6 query heads only: use k.shape[1] and n_heads."
     if torch.equal(out, k.repeat(1, 3, 1, 1)):
         return "The order is 0 1 0 1 0 1 (repeat); consecutive query heads share, 0 0 0 1 1 1 (repeat_interleave)."
     if any(torch.equal(out, k.repeat_interleave(3, dim=d).reshape(2, 6, 3, 4)) for d in (2, 3)):
@@ -79,9 +103,9 @@ def check_share_heads(attempt):
 def check_softmax_backward(attempt):
     scores, grad, _ = _heads(4, 5)
     p = scores.softmax(-1)
-    out, right = attempt(p, grad), p * (grad - (grad * p).sum(-1, keepdim=True))
-    if not isinstance(out, torch.Tensor) or out.shape != p.shape:
-        return f"The gradient has shape {tuple(getattr(out, 'shape', ()))}; it is that of the scores, {tuple(p.shape)}."
+    out, right = attempt(p.clone(), grad.clone()), p * (grad - (grad * p).sum(-1, keepdim=True))
+    if out.shape != p.shape:
+        return f"The gradient has shape {tuple(out.shape)}; it is that of the scores, {tuple(p.shape)}."
     if _same(out, right):
         return None
     if _same(out, p * grad):
@@ -94,6 +118,8 @@ def check_softmax_backward(attempt):
         return "You took off the plain mean; it must be the mean weighted with p."
     if _same(out, p * (grad - (grad * p).sum(0, keepdim=True))):
         return "The sum runs over the wrong axis: each row is a softmax of its own, so sum over the last one."
+    if _same(out, p * (grad - (grad * p).sum())):
+        return "You took one sum over everything; each row is a softmax of its own: sum(-1, keepdim=True)."
     if _same(out, -right):
         return "The sign is turned round."
     return "Each row must add up to 0 and equal p * (grad_p - something that is one number a row)."
@@ -108,11 +134,9 @@ def check_merge(attempt):
 
     scores = 2 * q @ k.mT
     a, b = half(scores[:, :3], v[:3]), half(scores[:, 3:], v[3:])
-    out, right = attempt(*a, *b), scores.softmax(-1) @ v
-    if not isinstance(out, torch.Tensor) or out.shape != right.shape:
-        return (
-            f"The output has shape {tuple(getattr(out, 'shape', ()))}; it is that of each half, {tuple(right.shape)}."
-        )
+    out, right = attempt(*(t.clone() for t in (*a, *b))), scores.softmax(-1) @ v
+    if out.shape != right.shape:
+        return f"The output has shape {tuple(out.shape)}; it is that of each half, {tuple(right.shape)}."
     if _same(out, (a[0] + b[0]) / 2):
         return "You averaged the two outputs: the half whose keys match better must count for more."
     if _same(out, a[0] + b[0]):
@@ -128,7 +152,15 @@ def check_merge(attempt):
         return "You added the numerators; now divide by the sum of the two denominators."
     if not _same(out, right):
         return "The output differs from attention over all keys: add numerators, add denominators, divide."
-    big = attempt(a[0], a[1] + 5000, b[0], b[1] + 5000)
+    big = attempt(a[0].clone(), a[1] + 5000, b[0].clone(), b[1] + 5000)
     if not _same(big, right, 1e-2):
         return "Right for small scores, but exp of 5,000 overflows: subtract the larger logarithm before exp."
+    for (out, lse), rows in ((a, [0, 1]), (b, [1, 2])):
+        out[rows], lse[rows] = 0, -torch.inf
+    right[:3] = torch.stack([b[0][0], torch.zeros(8), a[0][2]])
+    out = attempt(*(t.clone() for t in (*a, *b)))
+    if out.isnan().any():
+        return "A query that saw nothing in either half gives nan: -inf - (-inf) and 0 / 0 are no numbers. Return 0."
+    if not _same(out, right):
+        return "Wrong where a query saw nothing: an empty half has a share of 0, and two of them give 0."
     return None

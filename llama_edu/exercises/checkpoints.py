@@ -90,7 +90,7 @@ def check_to_hf_rows(attempt) -> str | None:
     wq = torch.randn(n_heads * head_dim, 5, generator=generator)
     wk = torch.randn(n_kv_heads * head_dim, 5, generator=generator)
     got = attempt(wq.clone(), wk.clone(), n_heads, n_kv_heads)
-    if not isinstance(got, tuple) or len(got) != 2:
+    if not isinstance(got, tuple | list) or len(got) != 2:
         return "Return two tensors: the rows of q_proj and those of k_proj."
     q, k = got
     right_q, right_k = _half(wq, n_heads), _half(wk, n_kv_heads)

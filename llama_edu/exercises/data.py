@@ -48,7 +48,7 @@ def check_attention_mask(attempt) -> str | None:
 def check_windows_of(attempt) -> str | None:
     tokens, T = np.arange(100, 123), 5  # 23 tokens: 4 windows, two tokens are left over
     result = attempt(tokens.copy(), T)
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, tuple | list) or len(result) != 2:
         return "Return two arrays: inputs and targets."
     x, y = (np.asarray(a) for a in result)
     if x.shape != y.shape or x.ndim != 2 or x.shape[1] != T:

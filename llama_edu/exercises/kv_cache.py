@@ -233,7 +233,7 @@ def check_to_int8(attempt) -> str | None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     x = x * torch.tensor([1e-3, 1.0, 50.0])[:, None, None] * torch.linspace(0.5, 3.0, 5)[:, None]
     answer = attempt(x.clone())
-    if not isinstance(answer, tuple) or len(answer) != 2:
+    if not isinstance(answer, tuple | list) or len(answer) != 2:
         return "Return two tensors: the whole numbers, then the scales."
     q, scale = answer
     if q.dtype != torch.int8:

@@ -45,8 +45,18 @@ def check_rms_norm(attempt) -> str | None:
                 x / (mean_square.sqrt() + EPS) * weight
             ),
             "You forgot epsilon: a vector of zeros would divide by zero.": x / mean_square.sqrt() * weight,
-            "You normalised over the wrong dimension: each vector along the last one stands alone.": (
+            "You normalised over more than the last dimension: each vector along it stands alone.": (
                 x * torch.rsqrt(x.square().mean((-1, -2), keepdim=True) + EPS) * weight
+            ),
+            "You normalised over another dimension: each vector along the last one stands alone.": (
+                x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * weight
+            ),
+            "You normalised over the first dimension: each vector along the last one stands alone.": (
+                x * torch.rsqrt(x.square().mean(0, keepdim=True) + EPS) * weight
+            ),
+            "You multiplied by the size; it must be divided out.": x * (mean_square + EPS).sqrt() * weight,
+            "You scaled by 1 + weight, as some other models do; here the weight itself scales.": (
+                right / weight * (1 + weight)
             ),
             "You took one mean over the whole tensor: each vector has its own size.": (
                 x * torch.rsqrt(x.square().mean() + EPS) * weight
@@ -86,6 +96,7 @@ def check_rms_norm_backward(attempt) -> str | None:
     inv_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
     unit, grad_unit = x * inv_rms, grad * weight
     along = lambda g: (g * unit).mean(-1, keepdim=True) * unit
+    bare = torch.rsqrt(x.square().mean(-1, keepdim=True))  # without epsilon
     if _close(grad_x, right_w) and _close(grad_w, right_x):
         return "The two gradients are in the wrong order: x first, then weight."
     if not _close(grad_x, right_x):
@@ -103,6 +114,21 @@ def check_rms_norm_backward(attempt) -> str | None:
                 inv_rms * (grad_unit - 16 * along(grad_unit))
             ),
             "The gradient of x lacks the factor 1/rms in front.": grad_unit - along(grad_unit),
+            "Epsilon is missing: rms is the root of mean(x**2) + eps, here as in the forward pass.": (
+                bare * (grad_unit - (grad_unit * x * bare).mean(-1, keepdim=True) * x * bare)
+            ),
+            "You took one mean over all vectors in the gradient of x: each vector has its own.": (
+                inv_rms * (grad_unit - (grad_unit * unit).mean() * unit)
+            ),
+            "The mean in the gradient of x runs over the vectors; it must run over the features of each.": (
+                inv_rms * (grad_unit - (grad_unit * unit).mean(0) * unit)
+            ),
+            "The part along the vector is made from x; it must be made from the normalised vector.": (
+                inv_rms * (grad_unit - (grad_unit * x).mean(-1, keepdim=True) * x)
+            ),
+            "You took the mean off as well: that is the gradient of LayerNorm.": (
+                inv_rms * (grad_unit - along(grad_unit) - grad_unit.mean(-1, keepdim=True))
+            ),
         }
         for verdict, values in wrong.items():
             if _close(grad_x, values):
@@ -111,6 +137,12 @@ def check_rms_norm_backward(attempt) -> str | None:
     if not _close(grad_w, right_w):
         if grad_w.shape == x.shape and _close(grad_w.sum(0), right_w):
             return "One weight serves all vectors: sum its gradient over them."
+        if grad_w.shape == (1, 16) and _close(grad_w[0], right_w):
+            return "The gradient of weight must have its shape, (16,); yours has (1, 16): leave out the keepdim."
+        if grad_w.shape == (6,):
+            return "You summed the gradient of weight over the features; sum over the vectors, so that (16,) is left."
+        if _close(grad_w, (grad * x * bare).sum(0)):
+            return "Epsilon is missing in the gradient of weight: rms is the root of mean(x**2) + eps."
         if _close(grad_w, (grad * x).sum(0)):
             return "The gradient of weight multiplies grad with the normalised vector, not with x."
         if _close(grad_w * len(x), right_w):
@@ -126,8 +158,10 @@ def check_fold_weight(attempt) -> str | None:
     if folded.shape != matrix.shape:
         return f"The new matrix must have the shape of the old, {tuple(matrix.shape)}; yours has {tuple(folded.shape)}."
     right = F.rms_norm(x, (8,), weight, 1e-5) @ matrix.T
-    if _close(F.rms_norm(x, (8,), None, 1e-5) @ folded.T, right):
+    if _close(F.rms_norm(x, (8,), None, 1e-5) @ folded.to(x.dtype).T, right):
         return None
+    if _close(folded, matrix):
+        return "You changed nothing."
     if _close(folded, matrix * weight[:, None]):
         return "You scaled the rows, the features that come out. The weight acts on those that go in: the columns."
     if _close(folded, matrix / weight):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
     return a.shape == b.shape and torch.allclose(a.to(b.dtype), b, rtol=tolerance, atol=tolerance)
 
 
@@ -29,6 +31,8 @@ def check_swiglu(attempt) -> str | None:
     gate, up = x @ w1.T, x @ w3.T
     if _close(y, (F.silu(gate) * up) @ w2.T):
         return None
+    if _close(y, x):
+        return "You returned x: x * sigmoid(x) + (1 - sigmoid(x)) * x is the identity. The layer has three matrices."
     hidden = {
         "Gate and up are swapped: silu goes on what w1 makes, and w3 is left plain.": gate * F.silu(up),
         "Your gate has the sigmoid only: that is GLU. Silu is the input times its sigmoid.": torch.sigmoid(gate) * up,
@@ -39,11 +43,16 @@ def check_swiglu(attempt) -> str | None:
         "You applied silu to the product; it goes on the gate alone, before multiplying.": F.silu(gate * up),
         "You applied silu to both: w3 is left plain.": F.silu(gate) * F.silu(up),
         "You added gate and up: they are multiplied.": F.silu(gate) + up,
+        "Your gate is a tanh: silu is the input times its sigmoid.": torch.tanh(gate) * up,
         "You left w3 out: that is the older layer with two matrices.": F.silu(gate),
     }
     for verdict, values in hidden.items():
         if _close(y, values @ w2.T):
             return verdict
+    if _close(y, (F.silu(x) @ w1.T * up) @ w2.T):
+        return "You applied silu to x; it goes on the gate, on what w1 makes of x."
+    if _close(y, F.silu((gate * up) @ w2.T)):
+        return "You applied silu to the result; it goes on the gate, before the product."
     return "The values differ from w2(silu(w1 x) * w3 x)."
 
 
@@ -60,6 +69,8 @@ def check_swiglu_backward(attempt) -> str | None:
     if _close(grad_gate, grad * silu) and _close(grad_up, grad * up * slope):
         return "The two gradients are in the wrong order: the gate first, then up."
     if not _close(grad_up, grad * silu):
+        if _close(grad_up, silu):
+            return "That is the slope of up alone: multiply it by grad, the gradient that arrives."
         if _close(grad_up, grad * gate):
             return "The gradient of up multiplies grad with silu(gate), not with the gate itself."
         return "The gradient of up differs: up is multiplied by silu(gate), so that is its slope."
@@ -82,6 +93,8 @@ def check_swiglu_backward(attempt) -> str | None:
             return verdict
     if _close(grad_gate, grad * slope):
         return "The gradient of the gate lacks up: what the gate is multiplied with is its slope."
+    if _close(grad_gate, up * slope):
+        return "The gradient of the gate lacks grad, the gradient that arrives."
     if not _close(grad_gate, grad * up * slope):
         return "The gradient of the gate differs from that of autograd."
     return None
@@ -92,7 +105,7 @@ def check_hidden_width(attempt) -> str | None:
     published = [(4096, 256, None), (5120, 256, None), (8192, 4096, 1.3), (16384, 4096, 1.2), (2048, 256, 1.5)]
     cases = [*published, (100, 1, 4.0)]
     found, right = [attempt(*case) for case in cases], [ffn_width(*case) for case in cases]
-    if any(not isinstance(width, int) for width in found):
+    if any(not isinstance(width, Integral) for width in found):
         return "A width is a whole number: return an int."
     if found == right:
         return None

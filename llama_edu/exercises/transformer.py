@@ -32,9 +32,9 @@ def check_block(attempt):
     out = attempt(x, attention, feed_forward, attention_norm, ffn_norm)
     if not torch.equal(x, before):
         return "x was changed in place: others still need it. Write `x = x + ...`, not `x += ...`."
-    if not isinstance(out, torch.Tensor) or out.shape != before.shape:
-        return f"The result has shape {tuple(getattr(out, 'shape', ()))}; the stream keeps its shape, {tuple(x.shape)}."
-    h = x + attention(attention_norm(x))
+    if out.shape != before.shape:
+        return f"The result has shape {tuple(out.shape)}; the stream keeps its shape, {tuple(x.shape)}."
+    out, h = out.to(x.dtype), x + attention(attention_norm(x))
     wrong = {
         "The second half reads the block's input; it must read the stream after attention was added.": (
             h + feed_forward(ffn_norm(x))
@@ -101,7 +101,7 @@ def check_count_parameters(attempt):
 def check_next_token_loss(attempt):
     generator = torch.Generator().manual_seed(0)
     logits, tokens = torch.randn(3, 7, 11, generator=generator), torch.randint(0, 11, (3, 7), generator=generator)
-    got = torch.as_tensor(attempt(logits, tokens))
+    got = torch.as_tensor(attempt(logits.clone(), tokens.clone()))
     if got.numel() != 1:
         return f"The loss must be one number, the mean; yours has shape {tuple(got.shape)}."
 

@@ -50,6 +50,17 @@ MISTAKES = [
         "def share_heads(k, n_heads):\n    return k.repeat(1, n_heads // k.shape[1], 1, 1)\n",
         "0 1 0 1",
     ),
+    (check_attend, attend(fill="-1e4"), "Right for small scores only"),
+    (check_attend, attend(fill="-1e5"), "Right for small scores only"),
+    (
+        check_attend,
+        "def attend(q, k, v):\n    w = (q @ k.mT / 4).softmax(-1).tril()\n    return w / w.sum(-1, keepdim=True) @ v\n",
+        "normalised again",
+    ),
+    (check_attend, attend(scores="q @ k.mT * q.shape[-1] ** 0.5"), "You multiplied by the root"),
+    (check_attend, attend(scores="k @ q.mT / q.shape[-1] ** 0.5"), "exchanged"),
+    (check_attend, attend(scores="q @ k.mT / 4 + ~visible * -torch.inf"), "Everything is nan"),
+    (check_share_heads, "def share_heads(k, n_heads):\n    return k.repeat_interleave(3, dim=1)\n", "heads only"),
     (check_share_heads, "def share_heads(k, n_heads):\n    return k.repeat_interleave(n_heads, dim=1)\n", "has shape"),
     (
         check_share_heads,
@@ -67,6 +78,7 @@ MISTAKES = [
     ),
     (check_softmax_backward, softmax_backward("p * (grad_p - grad_p.mean(-1, keepdim=True))"), "weighted with p"),
     (check_softmax_backward, softmax_backward("p * (grad_p - (grad_p * p).sum(0, keepdim=True))"), "wrong axis"),
+    (check_softmax_backward, softmax_backward("p * (grad_p - (grad_p * p).sum())"), "one sum over everything"),
     (check_softmax_backward, softmax_backward("p * ((grad_p * p).sum(-1, keepdim=True) - grad_p)"), "sign"),
     (check_merge, merge("(out_a + out_b) / 2"), "averaged"),
     (check_merge, merge("out_a + out_b"), "normalised already"),
@@ -74,4 +86,5 @@ MISTAKES = [
     (check_merge, merge("(b.exp() * out_a + a.exp() * out_b) / (a.exp() + b.exp())"), "exchanged"),
     (check_merge, merge("a.exp() * out_a + b.exp() * out_b"), "divide by the sum"),
     (check_merge, merge("(a.exp() * out_a + b.exp() * out_b) / (a.exp() + b.exp())"), "overflows"),
+    (check_merge, merge("(a - b).sigmoid() * out_a + (b - a).sigmoid() * out_b"), "nothing in either half"),
 ]
