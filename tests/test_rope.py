@@ -1,5 +1,6 @@
 """Rotary embedding: equal to transformers and to Meta's formula, relative, orthogonal, and differentiable by hand."""
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -160,3 +161,27 @@ def test_works_on_the_meta_device():
     with torch.device("meta"):
         cos, sin = rope_table(SMALL, 4)
         assert apply_rope(torch.empty(1, 2, 4, 16), cos[None], sin[None]).shape == (1, 2, 4, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beside", [True, False])
+def test_short_tables_turn_in_float32_too(dtype, beside):
+    x, (cos, sin) = torch.randn(2, 3, 5, 16).to(dtype), (t[None].to(dtype) for t in rope_table(SMALL, 5))
+    x = x if beside else x.mT.contiguous().mT
+    torch.testing.assert_close(apply_rope(x, cos, sin), apply_rope(x.float(), cos.float(), sin.float()).to(dtype))
+
+
+def test_rows_of_other_positions_or_widths_are_refused():
+    x, (cos, sin) = torch.randn(2, 3, 1, 16), (t[None] for t in rope_table(SMALL, 5))
+    unchecked = inspect.unwrap(apply_rope)  # tests check annotated shapes, a program does not
+    with pytest.raises(ValueError, match="x has 1 positions of 16 features, the tables 5 of 16"):
+        unchecked(x, cos, sin)
+    with pytest.raises(ValueError, match="x has 1 positions of 16 features, the tables 1 of 4"):
+        unchecked(x, cos[:, :1, :2], sin[:, :1, :2])
+
+
+@pytest.mark.parametrize("permute", [interleaved_to_half, half_to_interleaved])
+@pytest.mark.parametrize("n_heads", [0, 3, 16])
+def test_rows_that_are_no_whole_pairs_are_refused(permute, n_heads):
+    with pytest.raises(ValueError, match=f"16 rows are not {n_heads} heads of whole pairs"):
+        permute(torch.randn(16, 2), n_heads)

@@ -1,6 +1,7 @@
 """The whole network: agreement with transformers, starting values, ledger, formats, what is applied from outside."""
 
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from llama_edu.config import LlamaConfig, RopeScaling, forward_flops_per_token, parameter_counts
@@ -192,6 +194,50 @@ def test_bad_calls_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match="document_ids and a cache"):
         cache = KVCache(model.cfg, batch_size=2, max_seq_len=16)
         model(ids(seq=4), cache=cache, document_ids=torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "tokens, kwargs, sentence",
+    [
+        ([1, 2, 3], {}, r"reads \(batch, seq\), got the shape \(3,\); x\[None\] is a batch of one"),
+        ([[1, 2, 50]], {}, "token ids from 1 to 50; the model has 50, from 0"),
+        ([[-1, 2, 3]], {}, "token ids from -1 to 3; the model has 50"),
+        ([[1, 2, 3]], {"document_ids": torch.zeros(1, 2, dtype=torch.int64)}, r"\(1, 2\) document_ids for \(1, 3\)"),
+    ],
+)
+def test_tokens_that_are_none_of_the_model_are_refused_in_a_sentence(tokens, kwargs, sentence):
+    model = Transformer(LlamaConfig(dim=16, n_layers=1, n_heads=2, vocab_size=50))
+    unchecked = inspect.unwrap(Transformer.hidden)  # tests check annotated shapes, a program does not
+    with pytest.raises(ValueError, match=sentence):
+        unchecked(model, torch.tensor(tokens), **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_no_sequences_and_no_tokens_have_as_many_logits(shape):
+    model = Transformer(LlamaConfig(dim=16, n_layers=1, n_heads=2, vocab_size=50))
+    assert model(torch.zeros(shape, dtype=torch.int64)).shape == (*shape, 50)
+
+
+def test_second_derivatives_and_torch_func_without_the_passes_by_hand():
+    model = Transformer(LlamaConfig(dim=16, n_layers=1, n_heads=2, vocab_size=50)).double()
+    tokens, weights = torch.arange(6).view(2, 3), {name: p.detach() for name, p in model.named_parameters()}
+    loss = lambda weights, tokens: torch.func.functional_call(model, weights, (tokens,)).square().mean()
+    with manual_backward(False):
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens[:, None])
+        mean = torch.func.grad(loss)(weights, tokens)
+        for name, g in each.items():
+            torch.testing.assert_close(g.mean(0), mean[name])
+        with sdpa_kernel(SDPBackend.MATH):
+            _, slope = torch.func.jvp(lambda w: loss(w, tokens), (weights,), (mean,))
+            torch.testing.assert_close(slope, sum(g.square().sum() for g in mean.values()))
+            gradients = torch.autograd.grad(model(tokens).square().mean(), list(model.parameters()), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in gradients), list(model.parameters()))
+    step = 1e-6 * torch.ones_like(weights["norm.weight"])
+    size = lambda w: sum(g.square().sum() for g in torch.func.grad(loss)(w, tokens).values())
+    with manual_backward(False):
+        up, down = (size({**weights, "norm.weight": weights["norm.weight"] + s}) for s in (step, -step))
+    place = [name for name, _ in model.named_parameters()].index("norm.weight")
+    torch.testing.assert_close(second[place].sum(), (up - down) / 2e-6, rtol=1e-6, atol=0)
 
 
 def test_stages_of_a_pipeline_compute_the_whole():

@@ -24,8 +24,9 @@ def manual_backward(on: bool = True) -> Iterator[None]:
 
     The forward pass decides: what ran inside is differentiated by hand, wherever `backward()` is called later. Only
     under activation checkpointing, which runs the forward pass a second time, must `backward()` stand inside as well.
-    Outside, each layer does what is fastest. A pass by hand can be differentiated once: `manual_backward(False)` gives
-    second derivatives and torch.func.
+    Outside, each layer does what is fastest. A pass by hand can be differentiated once, and by `backward()` only:
+    `manual_backward(False)` gives `grad` and `vmap` of torch.func and, where PyTorch's attention runs inside
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`, second derivatives and `jvp`.
 
     Example:
         >>> with manual_backward():

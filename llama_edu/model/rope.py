@@ -70,7 +70,7 @@ def _paired(x: Tensor) -> bool:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the adjacent pairs of `x`, in float32 at least; the result has the dtype of `x`."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide, cos, sin = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, cos, sin))
     # A compiler fuses the real form by itself, and does not understand complex numbers.
     rotate = _rotate_real if torch.compiler.is_compiling() or not _paired(wide) else _rotate_complex
     return rotate(wide, cos, sin).to(x.dtype)
@@ -102,17 +102,33 @@ def apply_rope(
         x: queries or keys.
         cos, sin: rows of `rope_table` at the positions of `x`, one set for the whole batch (1) or one per sequence.
 
+    Raises:
+        ValueError: the tables have rows for another number of positions, or for heads of another width.
+
     Source: Su et al., arXiv 2104.09864, section 3.4.2; pairs as in meta-llama/llama3, llama/model.py, apply_rotary_emb.
     """
+    (seq, width), (rows, half) = x.shape[-2:], cos.shape[-2:]
+    if (seq, width) != (rows, 2 * half):
+        raise ValueError(
+            f"x has {seq} positions of {width} features, the tables {rows} of {2 * half}: take the rows at the "
+            "positions of x, from a table for its head_dim"
+        )
     cos, sin = cos[:, None], sin[:, None]
     return ManualRotation.apply(x, cos, sin) if is_manual() else _rotate(x, cos, sin)
 
 # %% ../../notebooks/21_rope.ipynb #ddbfc333
+def _whole_heads(w: Tensor, n_heads: int) -> None:
+    if n_heads < 1 or w.shape[0] % (2 * n_heads):
+        raise ValueError(f"{w.shape[0]} rows are not {n_heads} heads of whole pairs")
+
+
 def interleaved_to_half(w: Float[Tensor, "rows cols"], n_heads: int) -> Float[Tensor, "rows cols"]:
     """Reorder the rows of wq or wk from adjacent pairs (Meta) to split halves (Hugging Face), head by head."""
+    _whole_heads(w, n_heads)
     return rearrange(w, "(head pair two) cols -> (head two pair) cols", head=n_heads, two=2)
 
 
 def half_to_interleaved(w: Float[Tensor, "rows cols"], n_heads: int) -> Float[Tensor, "rows cols"]:
     """Reorder the rows of wq or wk from split halves (Hugging Face) to adjacent pairs (Meta), head by head."""
+    _whole_heads(w, n_heads)
     return rearrange(w, "(head two pair) cols -> (head pair two) cols", head=n_heads, two=2)

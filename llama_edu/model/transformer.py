@@ -115,6 +115,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch seq dim"]:
         """The residual stream after the final norm, which the output matrix reads. Arguments as in `forward`."""
+        self._check(tokens, document_ids)
         seq = tokens.shape[1]
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids and a cache do not go together: a cache holds one document a row")
@@ -130,12 +131,29 @@ class Transformer(nn.Module):
                 "or raise the other"
             )
         mask = None if document_ids is None else document_mask(document_ids)
-        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        x = tokens if self.tok_embeddings is None else self._embed(tokens)
         for index, layer in self.layers.items():
             x = layer(x, cos, sin, mask, cache, int(index))
         if cache is not None:
             cache.advance(seq)
         return x if self.norm is None else self.norm(x)
+
+    def _check(self, tokens: Tensor, document_ids: Tensor | None) -> None:
+        axes = ("batch", "seq") if self.tok_embeddings is not None else ("batch", "seq", "dim")
+        if tokens.dim() != len(axes):
+            shape = tuple(tokens.shape)
+            raise ValueError(f"the model reads ({', '.join(axes)}), got the shape {shape}; x[None] is a batch of one")
+        if document_ids is not None and document_ids.shape != tokens.shape[:2]:
+            raise ValueError(f"{tuple(document_ids.shape)} document_ids for {tuple(tokens.shape[:2])} tokens")
+
+    def _embed(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq dim"]:
+        try:
+            return self.tok_embeddings(tokens)
+        except IndexError as error:  # found here for nothing; a check of its own would wait for the device each time
+            raise ValueError(
+                f"token ids from {int(tokens.min())} to {int(tokens.max())}; the model has {self.cfg.vocab_size}, from "
+                "0: is the tokenizer another model's?"
+            ) from error
 
     def forward(
         self,
@@ -154,7 +172,8 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; those of `tokens` are added.
 
         Raises:
-            ValueError: the sequence is longer than `cfg.max_seq_len`, or `document_ids` come with a cache.
+            ValueError: `tokens` have another shape, on a CPU an id that the model does not know, or are more than
+                `cfg.max_seq_len`; `document_ids` have another shape, or come with a cache.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, cache=cache)
         return x if self.output is None else self._logits(x)
