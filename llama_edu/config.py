@@ -5,6 +5,7 @@
 # %% ../notebooks/00_llama_family.ipynb #a4b87fcf
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -55,6 +56,13 @@ def forward_flops_per_token(cfg: LlamaConfig, seq_len: int) -> float:
     return 2 * weights + scores_and_mix
 
 # %% ../notebooks/00_llama_family.ipynb #f4417257
+def _need_numbers(what: str, values: dict[str, Any]) -> None:
+    """Raise UserError unless all are finite numbers: JSON has strings too, and infinity as 1e999."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{what}{name} is {value!r}; it must be a finite number")
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Frequency scaling of Llama 3.1 and later.
@@ -72,12 +80,18 @@ class RopeScaling:
     original_max_seq_len: int = 8192
 
     def __post_init__(self) -> None:
+        _need_numbers("rope scaling's ", asdict(self))
         if self.factor < 1:
             raise UserError(f"rope scaling factor is {self.factor}; it must be at least 1")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise UserError(
                 f"rope scaling has low_freq_factor {self.low_freq_factor} and high_freq_factor "
                 f"{self.high_freq_factor}; the first must be positive and the smaller"
+            )
+        if not isinstance(self.original_max_seq_len, int) or self.original_max_seq_len < 1:
+            raise UserError(
+                f"rope scaling's original_max_seq_len is {self.original_max_seq_len!r}; it must be a whole number of "
+                "at least 1"
             )
 
 # %% ../notebooks/00_llama_family.ipynb #17617ea7
@@ -92,10 +106,14 @@ def _from_hf(d: dict[str, Any]) -> dict[str, Any]:
     for key, value in supported.items():
         if d.get(key, value) != value:
             raise UserError(f"config.json has {key} = {d[key]!r}; a Llama has {value!r}")
+    if d.get("quantization_config"):
+        raise UserError("config.json has a quantization_config; only plain floating-point weights are read")
     # transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling.
-    rope = d.get("rope_parameters") or {}
-    scaling = rope or d.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rope, legacy = d.get("rope_parameters") or {}, d.get("rope_scaling") or {}
+    kinds = [s.get("rope_type", s.get("type", "default")) for s in (rope, legacy) if s]
+    if len({*kinds}) > 1:
+        raise UserError(f"config.json has rope_parameters of type {kinds[0]!r} and rope_scaling of type {kinds[1]!r}")
+    scaling, kind = rope or legacy, (*kinds, "default")[0]
     if kind not in ("default", "llama3"):
         raise UserError(f"config.json has rope scaling of type {kind!r}; supported are 'default' and 'llama3'")
     return {
@@ -166,6 +184,8 @@ def _from_meta(d: dict[str, Any], vocab_size: int | None, max_seq_len: int | Non
         )
     theta = float(d.get("rope_theta", 10_000.0))
     scaled = d.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise UserError(f"params.json has use_scaled_rope = {scaled!r}; it must be true or false")
     if max_seq_len is None:
         max_seq_len = 131_072 if scaled else {500_000.0: 8192, 1_000_000.0: 16_384}.get(theta, 4096)
     factor = float(d.get("rope_scaling_factor") or _meta_rope_factor(d))
@@ -184,7 +204,11 @@ def _from_meta(d: dict[str, Any], vocab_size: int | None, max_seq_len: int | Non
 
 # %% ../notebooks/00_llama_family.ipynb #58470682
 def _to_meta(cfg: LlamaConfig) -> dict[str, Any]:
-    """The dict of a Meta params.json. Raises UserError for what Meta's format cannot say."""
+    """The dict of a Meta params.json. Raises UserError for what Meta's format cannot say.
+
+    What a generation's code does not know must be absent: that of Llama 1 and 2 has no rope_theta, that of Llama 1 no
+    n_kv_heads.
+    """
     if cfg.head_dim * cfg.n_heads != cfg.dim:
         raise UserError(
             f"head_dim {cfg.head_dim} times n_heads {cfg.n_heads} is not dim {cfg.dim}; Meta's format derives head_dim "
@@ -197,12 +221,14 @@ def _to_meta(cfg: LlamaConfig) -> dict[str, Any]:
         "dim": cfg.dim,
         "n_layers": cfg.n_layers,
         "n_heads": cfg.n_heads,
-        "n_kv_heads": cfg.n_kv_heads,
         "vocab_size": cfg.vocab_size,
         "multiple_of": multiple_of,
         "norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
     }
+    if cfg.n_kv_heads != cfg.n_heads:
+        d["n_kv_heads"] = cfg.n_kv_heads
+    if cfg.rope_theta != 10_000:
+        d["rope_theta"] = cfg.rope_theta
     if multiplier is not None:
         d["ffn_dim_multiplier"] = multiplier
     if cfg.rope_scaling is not None:
@@ -303,6 +329,9 @@ class LlamaConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        _need_numbers("", {"rope_theta": self.rope_theta, "norm_eps": self.norm_eps})
+        if not isinstance(self.tie_embeddings, bool):
+            raise UserError(f"tie_embeddings is {self.tie_embeddings!r}; it must be true or false")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"n_heads {self.n_heads} does not divide by n_kv_heads {self.n_kv_heads}: heads share evenly"

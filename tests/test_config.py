@@ -1,5 +1,8 @@
 """LlamaConfig: published counts, an independent parameter count, both file formats, refusals."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,11 +126,16 @@ def test_llama_1_widths_follow_from_the_rule(dim, width):
         ({"head_dim": 7}, "must be even"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"dim": 0}, "dim is 0"),
+        ({"norm_eps": True}, "norm_eps is True; it must be a finite number"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf; it must be a finite number"),
     ],
 )
 def test_impossible_shapes_are_refused_with_the_value(change, words):
     with pytest.raises(ValueError, match=words):
         LlamaConfig(**{"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 256, **change})
+
+
+SCALING = LlamaConfig.preset("llama-3.2-1b").to_hf()["rope_scaling"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +146,13 @@ def test_impossible_shapes_are_refused_with_the_value(change, words):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters of type 'default' and rope_scaling of type 'lla",
+        ),
+        ({"rope_scaling": {**SCALING, "original_max_position_embeddings": 0}}, "original_max_seq_len is 0"),
+        ({"rope_scaling": {**SCALING, "factor": float("inf")}}, "factor is inf; it must be a finite number"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "has a quantization_config; only plain"),
     ],
 )
 def test_what_is_no_llama_is_refused(change, words):
@@ -157,3 +172,41 @@ def test_published_memory_of_the_cache():
     assert [gib(n) for n in ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-405b", "llama-1-7b")] == [4.0, 16.0, 63.0, 1.0]
     eight = LlamaConfig.preset("llama-3-8b")
     assert eight.kv_cache_bytes(10, batch_size=3, dtype=torch.float32) == 6 * eight.kv_cache_bytes(10)
+
+
+def test_metas_file_holds_what_its_generation_knows():
+    """Its loaders hand every key to a dataclass: Llama 1's and 2's know no rope_theta, Llama 1's no n_kv_heads."""
+    old = {"dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps"}
+    keys = {name: set(LlamaConfig.preset(name).to_meta()) for name in ("llama-1-7b", "llama-2-7b", "llama-2-70b")}
+    assert keys["llama-1-7b"] == keys["llama-2-7b"] == old
+    assert keys["llama-2-70b"] == old | {"n_kv_heads", "ffn_dim_multiplier"}
+    assert {"n_kv_heads", "rope_theta"} <= set(LlamaConfig.preset("llama-3-8b").to_meta())
+    with pytest.raises(ValueError, match="use_scaled_rope = 'no'; it must be true or false"):
+        LlamaConfig.from_meta({**LlamaConfig.preset("llama-3-8b").to_meta(), "use_scaled_rope": "no"})
+
+
+def test_values_of_another_kind_are_refused_in_a_sentence():
+    """JSON has any type anywhere. In a process of its own: the checks of annotations here would come first."""
+    code = """
+from llama_edu import LlamaConfig
+from llama_edu.errors import UserError
+good = LlamaConfig.preset("llama-3.2-1b").to_hf()
+scaling = good["rope_scaling"]
+bad = {
+    "rms_norm_eps": ("1e-5", None, [1e-5], True, float("inf"), float("nan")),
+    "tie_word_embeddings": ("no", 1, None),
+    "hidden_size": ("2048", 2048.0, None, [2048]),
+    "rope_scaling": [{**scaling, "original_max_position_embeddings": v} for v in ("8192", None, 8192.5, True, [8192])],
+}
+for key, values in bad.items():
+    for value in values:
+        try:
+            LlamaConfig.from_hf({**good, key: value})
+        except UserError as error:
+            print(error)
+        else:
+            raise SystemExit(f"{key} = {value!r} was taken")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert len(done.stdout.splitlines()) == 18
