@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,18 @@ class RopeScaling:
             )
 
 # %% ../notebooks/00_llama_family.ipynb #17617ea7
+def _in_words(build: Callable[[], LlamaConfig], file: str) -> LlamaConfig:
+    """What `build` makes of the dict of a foreign file; what it trips over becomes a sentence."""
+    try:
+        return build()
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{file} lacks the key {error}") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{file} has a value of the wrong kind: {error}") from None
+
+
 def _from_hf(d: dict[str, Any]) -> dict[str, Any]:
     """Fields of LlamaConfig from the dict of a config.json; what is absent has the default of transformers."""
     supported = {
@@ -382,8 +395,8 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, d: dict[str, Any]) -> LlamaConfig:
-        """From the dict of a Hugging Face config.json. Raises UserError for what is no Llama."""
-        return cls(**_from_hf(d))
+        """From the dict of a Hugging Face config.json. Raises UserError for what is no Llama or incomplete."""
+        return _in_words(lambda: cls(**_from_hf(d)), "config.json")
 
     def to_hf(self) -> dict[str, Any]:
         """The dict of a Hugging Face config.json."""
@@ -400,7 +413,8 @@ class LlamaConfig:
             max_seq_len: None means the context of the generation that the constants point to.
             tie_embeddings: Meta's files hold both matrices even where they are equal.
         """
-        return replace(cls(**_from_meta(d, vocab_size, max_seq_len)), tie_embeddings=tie_embeddings)
+        fields = lambda: {**_from_meta(d, vocab_size, max_seq_len), "tie_embeddings": tie_embeddings}
+        return _in_words(lambda: cls(**fields()), "params.json")
 
     def to_meta(self) -> dict[str, Any]:
         """The dict of a Meta params.json. Raises UserError for what that format cannot say."""

@@ -196,7 +196,10 @@ bad = {
     "rms_norm_eps": ("1e-5", None, [1e-5], True, float("inf"), float("nan")),
     "tie_word_embeddings": ("no", 1, None),
     "hidden_size": ("2048", 2048.0, None, [2048]),
-    "rope_scaling": [{**scaling, "original_max_position_embeddings": v} for v in ("8192", None, 8192.5, True, [8192])],
+    "rope_scaling": [{**scaling, "original_max_position_embeddings": v} for v in ("8192", None, 8192.5, [8192])]
+    + [{**scaling, "factor": None}, {"rope_type": "llama3"}, {"rope_type": ["llama3"]}, "llama3"],
+    "rope_theta": (None, "x"),
+    "rope_parameters": ([1],),
 }
 for key, values in bad.items():
     for value in values:
@@ -209,4 +212,10 @@ for key, values in bad.items():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert len(done.stdout.splitlines()) == 18
+    assert len(done.stdout.splitlines()) == 24
+
+
+def test_what_a_file_lacks_is_named():
+    for read, said in ((LlamaConfig.from_hf, "config.json"), (LlamaConfig.from_meta, "params.json")):
+        with pytest.raises(ValueError, match=f"{said} lacks the key '(n_layers|num_hidden_layers)'"):
+            read({"hidden_size": 64, "dim": 64, "vocab_size": 9})
