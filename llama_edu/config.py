@@ -103,9 +103,10 @@ def _in_words(build: Callable[[], LlamaConfig], file: str) -> LlamaConfig:
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{file} lacks the key {error}") from None
+        raise UserError(f"{file} lacks the key {str(error)[:200]}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{file} has a value of the wrong kind: {error}") from None
+        said = " ".join(str(error).split())[:200]  # one line, however long the value is
+        raise UserError(f"{file} has a value of the wrong kind: {said}") from None
 
 
 def _from_hf(d: dict[str, Any]) -> dict[str, Any]:

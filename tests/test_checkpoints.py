@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from llama_edu import LlamaConfig, RopeScaling, Transformer
 from llama_edu.errors import UserError
-from llama_edu.model import checkpoint, meta_io, rope
+from llama_edu.model import checkpoint, files, meta_io, rope
 from llama_edu.model.checkpoint import convert, hf_name, load_pretrained, save_pretrained, tensor_shapes
 from llama_edu.model.files import check_sums, tokenizer_ids
 from llama_edu.model.meta_io import read_pth_header
@@ -388,7 +388,7 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
         path.write_bytes(b"half")
 
     monkeypatch.setattr(checkpoint, "write_safetensors", failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left on device; what was there is untouched"):
         new.save_pretrained(tmp_path / "m", max_shard_size="60KB")
     assert len(written) == 3
     assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
@@ -396,35 +396,229 @@ def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     assert same(load_pretrained(tmp_path / "m"), old)
 
 
-def test_when_the_new_folder_cannot_take_its_place_the_old_one_returns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("exchange", [True, False])
+def test_when_the_new_folder_cannot_take_its_place_the_old_one_returns(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     old = make_model(0)
     old.save_pretrained(tmp_path / "m")
     rename = Path.rename
 
     def failing(self, target):
-        if self.name.endswith(".new"):
+        if self.name.endswith(".new") and (exchange or target.name == "m"):
             raise PermissionError(13, "Permission denied")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(PermissionError):
+    with pytest.raises(UserError, match="Permission denied; what was there is untouched"):
         make_model(1).save_pretrained(tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"] and same(load_pretrained(tmp_path / "m"), old)
 
 
-@pytest.mark.slow
-def test_a_killed_save_leaves_the_old_folder_whole(tmp_path):
-    old = make_model(0)
-    old.save_pretrained(tmp_path / "m")
+def killed_save(folder: Path, at: str) -> None:
+    """Save a model to `folder`, in a process that ends when it comes to `at`."""
     code = (
-        "import os, sys; from llama_edu import Transformer; from llama_edu.model import checkpoint\n"
+        "import os, sys, torch; from llama_edu import Transformer; from llama_edu.model import checkpoint, files\n"
         "model = Transformer.from_pretrained(sys.argv[1])\n"
-        "checkpoint.write_sums = lambda folder: os.kill(os.getpid(), 9)\n"
+        "torch.nn.init.zeros_(model.norm.weight)\n"
+        "die = lambda *args, **kwargs: os.kill(os.getpid(), 9)\n"
+        f"{at}\n"
         "model.save_pretrained(sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True)
-    assert done.returncode == -9
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_save_leaves_the_old_folder_whole_and_the_next_clears_up(tmp_path):
+    old = make_model(0)
+    old.save_pretrained(tmp_path / "m")
+    for _ in range(2):
+        killed_save(tmp_path / "m", "checkpoint.write_sums = die")
     assert same(load_pretrained(tmp_path / "m"), old)
+    (tmp_path / ".m.other.deadbeef.new").mkdir()  # of a model called m.other
+    assert len(list(tmp_path.iterdir())) == 3  # the second has cleared away what the first left
+    make_model(1).save_pretrained(tmp_path / "m")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", ".m.other.deadbeef.new"}
+    assert same(load_pretrained(tmp_path / "m"), make_model(1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange two names in one step")
+@pytest.mark.parametrize("at, saved", [("_exchange", False), ("_keep_others", True), ("shutil.rmtree", True)])
+def test_killed_while_names_change_one_of_the_models_is_there(at, saved, tmp_path):
+    make_model().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    killed_save(tmp_path / "m", f"files.{at} = die")
+    assert bool((load_pretrained(tmp_path / "m").norm.weight == 0).all()) is saved
+    make_model(1).save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_killed_between_two_renames_both_models_are_beside_the_name(tmp_path):
+    """Where names cannot be exchanged. The next save puts back what was no part of the model."""
+    make_model().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    last = "rename = files.Path.rename; files._exchange = lambda a, b: False\n"
+    last += "files.Path.rename = lambda a, b: die() if b.name == 'm' else rename(a, b)"
+    killed_save(tmp_path / "m", last)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".new", ".old"]
+    [old] = tmp_path.glob(".m.*.old")
+    assert same(load_pretrained(old), make_model())
+    make_model(1).save_pretrained(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_save_at_work_is_not_cleared_away(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    write = checkpoint.write_sums
+
+    def another(folder):
+        monkeypatch.setattr(checkpoint, "write_sums", write)
+        make_model(1).save_pretrained(tmp_path / "m")
+        assert same(load_pretrained(tmp_path / "m"), make_model(1)) and (folder / "config.json").exists()
+        write(folder)
+
+    monkeypatch.setattr(checkpoint, "write_sums", another)
+    make_model(2).save_pretrained(tmp_path / "m")
+    assert same(load_pretrained(tmp_path / "m"), make_model(2)) and [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks on folders")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_saves_to_one_place_at_the_same_time_do_not_disturb_each_other(exchange, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from llama_edu.model import files\n"
+        f"if not {exchange}: files._exchange = lambda a, b: False\n"
+        "for _ in range(300):\n"
+        "    with files.replace_folder(Path(sys.argv[1]), lambda name: name in 'ab') as folder:\n"
+        "        (folder / 'a').touch()\n"
+        "        (folder / 'b').touch()"
+    )
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    command = [sys.executable, "-c", code, str(tmp_path / "m")]
+    saves = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [save.communicate()[1] for save in saves] == ["", "", ""]
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"a", "b", "notes.txt"}
+
+
+def test_permissions_of_the_folder_are_kept(tmp_path):
+    (tmp_path / "m").mkdir(mode=0o700)
+    for seed in range(2):
+        make_model(seed).save_pretrained(tmp_path / "m")
+        assert (tmp_path / "m").stat().st_mode & 0o7777 == 0o700
+    (tmp_path / "m").chmod(0o2775)
+    make_model().save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m").stat().st_mode & 0o7777 == 0o2775
+
+
+def test_files_that_cannot_be_moved_are_not_deleted(tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("mine")
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "notes.txt":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match=r"m is saved, but not all .* from .*\.old: Permission denied; move it by hand"):
+        make_model(1).save_pretrained(tmp_path / "m")
+    assert same(load_pretrained(tmp_path / "m"), make_model(1))
+    [notes] = tmp_path.glob(".m.*.old/notes.txt")
+    assert notes.read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the size of files is limited by setrlimit")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A limit on the size of a file stands in for it, at the start, in the middle and near the end of a file."""
+    model = make_model(n_kv_heads=2)
+    model.save_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "meta", format="meta")
+    sizes = [(tmp_path / name).stat().st_size for name in ("hf/model.safetensors", "meta/consolidated.00.pth")]
+    limits = [100, 5_000, *(size - back for size in sizes for back in (size // 2, 5_000, 1_000, 300, 50, 1))]
+    code = (
+        "import resource, sys; from llama_edu import Transformer; from llama_edu.errors import UserError\n"
+        "model = Transformer.from_pretrained(sys.argv[1])\n"
+        "for limit in map(int, sys.argv[4:]):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    for format, folder in (('hf', sys.argv[2]), ('meta', sys.argv[3])):\n"
+        "        try:\n"
+        "            model.save_pretrained(folder, format=format)\n"
+        "        except UserError as error:\n"
+        "            print(format, error)"
+    )
+    (tmp_path / "new").mkdir()
+    places = [tmp_path / "hf", tmp_path / "new" / "hf", tmp_path / "meta"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, [*places, *limits])], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = done.stdout.splitlines()
+    for format, size in zip(("hf", "meta"), sizes, strict=True):
+        mine = [line for line in said if line.startswith(format)]
+        assert len(mine) == sum(limit < size for limit in limits)
+        assert all("could not be written: " in line and line.endswith("; what was there is untouched") for line in mine)
+    assert same(load_pretrained(tmp_path / "meta"), model)
+    assert {p.name for p in tmp_path.iterdir()} == {"hf", "meta", "new"}
+
+
+def test_other_errors_of_torch_are_not_called_a_full_disk(tmp_path, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(checkpoint.torch, "save", failing)
+    with pytest.raises(RuntimeError, match="something else"):
+        make_model().save_pretrained(tmp_path / "m", format="meta")
+    assert not list(tmp_path.iterdir())
+
+
+def test_room_for_a_tied_matrix_is_counted_as_often_as_it_is_written(tmp_path, monkeypatch):
+    model = make_model(n_kv_heads=2, tie_embeddings=True)
+    weights = sum(p.nbytes for p in model.parameters())
+    matrix = model.tok_embeddings.weight.nbytes
+    for n, needed in ((1, weights), (2, weights + matrix)):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, n=needed: type("U", (), {"free": n - 1}))
+        with pytest.raises(UserError, match="GB left"):
+            model.save_pretrained(tmp_path / "m", format="meta", model_parallel=n)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, n=needed: type("U", (), {"free": n}))
+        model.save_pretrained(tmp_path / "m", format="meta", model_parallel=n)
+        shards = list((tmp_path / "m").glob("*.pth"))
+        assert len(shards) == n and needed <= sum(p.stat().st_size for p in shards) < needed + matrix / 2
+        assert same(load_pretrained(tmp_path / "m"), model)
+
+
+def test_folders_that_the_system_refuses(tmp_path, monkeypatch):
+    model = make_model()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"^/ is the top of the disk, .*: name a folder in it$"):
+        model.save_pretrained("/")
+    for below in ("m", "deep/m"):
+        with pytest.raises(UserError, match=r"file is a file, in which no folder can be made: name another place$"):
+            model.save_pretrained(tmp_path / "file" / below)
+    with pytest.raises(UserError, match="too long"):
+        model.save_pretrained(tmp_path / ("m" * 250))
+    mkdir = Path.mkdir
+
+    def failing(self, *args, **kwargs):
+        if self.name.startswith(".m."):
+            raise PermissionError(13, "Permission denied")
+        return mkdir(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", failing)
+        with pytest.raises(UserError, match=r"m cannot be saved, .*: Permission denied; name one in a folder that you"):
+            model.save_pretrained(tmp_path / "m")
+        patch.setattr(files.os, "access", lambda path, mode: False)
+        (tmp_path / "m").mkdir()
+        with pytest.raises(UserError, match="m may not be written to: name another folder"):
+            model.save_pretrained(tmp_path / "m")
 
 
 def test_saving_replaces_a_model_and_nothing_else(tmp_path):
@@ -940,6 +1134,184 @@ def test_vocabulary_of_the_tokenizer_must_fit(hf):
 def test_ids_of_real_tokenizers_are_counted(data_dir, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((data_dir / "llama3" / "tokenizer.model").read_bytes())
     assert tokenizer_ids(tmp_path) == ("tokenizer.model", 128_000)
+
+
+# --- hostile files that cost time, and sentences for all of them ----------------------------------------------------
+
+
+def test_a_key_nested_too_deep_for_c_ends_no_interpreter(tmp_path):
+    write_pth(tmp_path / "x.pth", b"\x80\x02}" + b")" + b"\x85" * 3_000_000 + b"Ns.")
+    code = (
+        "import sys; from pathlib import Path; from llama_edu.errors import UserError\n"
+        "from llama_edu.model.meta_io import read_pth_header\n"
+        "try: read_pth_header(Path(sys.argv[1]))\n"
+        "except UserError as error: print(error)"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path / "x.pth")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "or of tuples of tuples; a checkpoint needs at most 8 items and two levels" in done.stdout
+
+
+def a_tensor(shape: bytes, stride: bytes, kind: bytes = b"X\x07\x00\x00\x00storage", key: bytes = b"K\x00") -> bytes:
+    """Instructions that make a tensor, in the order of torch.save."""
+    storage = b"(" + kind + b"ctorch\nFloatStorage\n" + key + b"X\x03\x00\x00\x00cpuK\x01tQ"
+    hooks = b"\x89ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + stride + hooks + b"tR"
+
+
+ZERO = b"X\x01\x00\x00\x000"  # the key "0", of a record of four bytes
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (b")" + b"\x85" * 50_000 + b"Ns", "tuple of 1 items, or of tuples of tuples"),
+        (b"K\x07Ns", "holds 7, which is no named tensor"),
+        (b"ccollections\nOrderedDict\nNs", "holds 'collections.OrderedDict', which is no named tensor"),
+        (b"K\x07" + ZERO + b"Ns", "damaged pickle"),
+        (b"(" + ZERO + b"N" + ZERO + b"Nu", "names a tensor twice"),
+        (ZERO + b"Ns" + ZERO + b"Ns", "names a tensor twice"),
+        (ZERO + a_tensor(b"(" + b"K\x01" * 200_000 + b"t", b"K\x01\x85", key=ZERO) + b"s", "tuple of 200,000 items"),
+        (ZERO + a_tensor(b"}", b"}", key=ZERO) + b"s", "calls .*rebuild_tensor_v2.* no checkpoint needs"),
+        (ZERO + a_tensor(b"N\x85", b"K\x01\x85", key=ZERO) + b"s", "calls .*rebuild_tensor_v2.* no checkpoint needs"),
+        (ZERO + a_tensor(b"J\xff\xff\xff\xff\x85", b"K\x01\x85", key=ZERO) + b"s", r"the shape \(-1,\)"),
+        (ZERO + a_tensor(b"K\x01\x85", b"K\x01\x85", key=b")") + b"s", "damaged pickle"),
+        (ZERO + a_tensor(b"K\x01\x85", b"K\x01\x85", kind=b")", key=ZERO) + b"s", "damaged pickle"),
+        (b"(" * 200_000, "more than 8 deep"),
+        (b"(((((t" * 200_000, "more than 8 deep"),
+        (b"N" * 200_000 + b"(t" * 200_000, "expected a dictionary"),
+        (b"".join(b"X\x04\x00\x00\x00%04xNs" % i for i in range(65_536)), "more than the 20,000 tensors"),
+        (b"(" + b"".join(b"X\x05\x00\x00\x00%05xN" % i for i in range(200_000)) + b"u", "more than the 20,000 tensors"),
+    ],
+)
+def test_pickles_that_would_take_time_or_end_badly(code, words, tmp_path):
+    write_pth(tmp_path / "x.pth", b"\x80\x02}" + code + b".", **{"0": bytes(4)})
+    with pytest.raises(UserError, match=words) as caught:
+        read_pth_header(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_the_instructions_of_a_tensor_are_right(tmp_path):
+    """Those of the test above, with nothing wrong in them."""
+    good = ZERO + a_tensor(b"K\x01\x85", b"K\x01\x85", key=ZERO) + b"s"
+    write_pth(tmp_path / "x.pth", b"\x80\x02}" + good + b".", **{"0": bytes(4)})
+    assert read_pth_header(tmp_path / "x.pth")["0"].shape == (1,)
+
+
+def test_a_value_in_a_sentence_is_never_written_out_whole():
+    value = {"a": 1}
+    for _ in range(200):
+        value = {"a": value, "b": value}  # written out, 2**200 of them
+    assert len(files.quote(value)) < 100
+    assert files.quote("\n" * 200) == repr("\n" * 200)[:80] + "..." and files.quote((3, 4)) == "(3, 4)"
+
+
+def test_a_file_of_many_small_tensors_is_not_opened_for_each(meta, monkeypatch):
+    opened, map_file = [], meta_io._map
+    monkeypatch.setattr(meta_io, "_map", lambda path: opened.append(path) or map_file(path))
+    load_pretrained(meta)
+    assert len(opened) <= 4 * 2  # for norms, for a tied output (two, or four), for the weights: of two files
+
+
+@pytest.mark.parametrize("shape", [[2**62] * 300, [9] * 200_000, [0] + [2**62] * 300, [1] * 9])
+def test_shapes_of_many_dimensions(shape, hf):
+    edit_header(
+        hf / "model.safetensors",
+        lambda h: json.dumps({n: e | {"shape": shape} if n == NORM else e for n, e in json.loads(h).items()}).encode(),
+    )
+    refused(hf, rf"gives tensor '{NORM}' {len(shape):,} dimensions; at most 8 are read")
+
+
+@pytest.mark.parametrize("line", [{"shape": [2**64]}, {"shape": [0], "data_offsets": [10**4299, 10**4299]}])
+def test_numbers_of_a_header_fit_64_bits(line, hf):
+    edit_header(
+        hf / "model.safetensors",
+        lambda h: json.dumps({n: e | line if n == NORM else e for n, e in json.loads(h).items()}).encode(),
+    )
+    refused(hf, "shape or offsets")
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("tokenizer.json", '{"model": {"vocab": 5}}', "tokenizer.json has 5 as its vocab"),
+        ("tokenizer.json", '{"model": {"vocab": "abc"}}', "tokenizer.json has 'abc' as its vocab"),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": 5}', "tokenizer.json has 5 as its added_tokens"),
+        ("tokenizer.model", "YQ== 99999999999\n", "tokenizer.model has an id of 11 digits; an id has at most 9"),
+        ("tokenizer.model", "YQ== 0\nYg== " + "9" * 5000 + "\n", "an id of 5,000 digits"),
+    ],
+)
+def test_tokenizers_that_are_none(file, content, words, hf):
+    (hf / file).write_text(content)
+    refused(hf, words)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1" + "0" * 400 + ".0"])
+def test_numbers_beyond_float64_are_refused(number, hf):
+    said = (hf / "config.json").read_text()
+    assert '"rope_theta": 500000.0' in said
+    (hf / "config.json").write_text(said.replace('"rope_theta": 500000.0', f'"rope_theta": {number}'))
+    refused(hf, r"config.json holds no valid JSON: the number '-?1.* is beyond 1.8e\+308, the largest of float64")
+
+
+def test_tables_of_rotations_are_bounded(tmp_path):
+    """A folder of 35 kB, whose context and width of a head would take 16 GiB between them."""
+    make_model(dim=2, n_heads=1, head_dim=1024, ffn_dim=2).save_pretrained(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    edit_json(tmp_path / "config.json", max_position_embeddings=2**22)
+    refused(tmp_path, "context of 4194304 tokens and heads of 1024 features; their product may be 268,435,456 at most")
+    assert max(c.max_seq_len * c.head_dim for c in map(LlamaConfig.preset, LlamaConfig.preset_names())) * 16 <= 2**28
+
+
+# --- files that differ from their checksums --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"],
+)
+def test_every_listed_file_that_is_read_or_copied_is_compared(name, sharded, tmp_path):
+    (sharded / "generation_config.json").write_text('{"top_k": 3}')
+    (sharded / "tokenizer.json").write_text('{"model": {"vocab": {"a": 3}}}')
+    (sharded / "tokenizer.model").write_bytes(b"YQ== 3\n")
+    files.write_sums(sharded)
+    load_pretrained(sharded)
+    raw = (sharded / name).read_bytes()
+    (sharded / name).write_bytes(raw + b"\n")  # reads the same; what else has changed nobody knows
+    refused(sharded, rf"{name} has changed since SHA256SUMS was written: it is damaged")
+    with pytest.raises(UserError, match="has changed since"):
+        convert(sharded, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    load_pretrained(sharded, verify=False)
+
+
+def test_files_beside_the_list_of_checksums(sharded):
+    """A tokenizer may come later; weights and what describes them may not."""
+    files.write_sums(sharded)
+    (sharded / "tokenizer.json").write_text('{"model": {"vocab": {"a": 3}}}')
+    load_pretrained(sharded)
+    sums = sharded / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "index" not in line))
+    refused(sharded, "index.json is not among the files of SHA256SUMS: it is damaged, or belongs to another model")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_flipped_weight_of_a_pth_is_noticed_without_any_list(shards, tmp_path):
+    model = make_model(n_kv_heads=2)
+    save_pretrained(model, tmp_path, format="meta", model_parallel=shards)
+    (tmp_path / "SHA256SUMS").unlink()
+    assert same(load_pretrained(tmp_path), model)
+    file = tmp_path / f"consolidated.{shards - 1:02d}.pth"
+    raw, numbers = file.read_bytes(), model.output.weight[-1].detach().numpy().tobytes()
+    assert raw.count(numbers) == 1
+    file.write_bytes(raw.replace(numbers, bytes([numbers[0] ^ 1]) + numbers[1:]))
+    refused(tmp_path, r"pth is damaged: 'consolidated.\d\d/data/\d+' differs from the CRC-32 stored with it")
+    with pytest.raises(UserError, match="CRC-32"):
+        checkpoint.read_pretrained(tmp_path)
+    assert not same(load_pretrained(tmp_path, verify=False), model)
+    files.write_sums(tmp_path)  # who writes a list says that these are the numbers
+    assert not same(load_pretrained(tmp_path), model)
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

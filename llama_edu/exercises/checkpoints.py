@@ -65,6 +65,10 @@ def check_safe_name(attempt) -> str | None:
         "..": "'..' passes: it has no slash and is a folder all the same.",
         "C:\\secret": "'C:\\\\secret' passes: on Windows this is a path.",
         "": "The empty name passes: joined to the folder, it is the folder.",
+        ".": "'.' passes: it is the folder itself.",
+        "C:secret": "'C:secret' passes: on Windows this is a file in whatever folder drive C stands in.",
+        "a\0b": "'a\\0b' passes: a zero byte ends the name for the system, which would look for 'a'.",
+        "a.safetensors\n": "A name with a line break at its end passes: `$` allows one, `re.fullmatch` does not.",
     }
     for name in good:
         if attempt(name) is not True:

@@ -5,10 +5,11 @@
 # %% ../../notebooks/25_checkpoints.ipynb #c844cdf4
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -126,7 +127,7 @@ def _check_names(found: _Shapes, wanted: _Shapes, where: Path | str) -> None:
             )
 
 
-_MAX_POSITIONS = 2**22  # the tables of rotations take 0.5 kB a position; Llama 3.1 has 2**17
+_MAX_ANGLES = 2**28  # positions times features of a head: two tables of 0.5 GiB; Llama 3.1 has 2**17 * 128 = 2**24
 
 
 def _check_extent(cfg: LlamaConfig, names: Iterable[str], where: Path) -> None:
@@ -134,22 +135,19 @@ def _check_extent(cfg: LlamaConfig, names: Iterable[str], where: Path) -> None:
     layers = {m[1] for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     if len(layers) != cfg.n_layers:
         raise UserError(f"{where} holds {len(layers)} layers, but its configuration says {quote(cfg.n_layers)}")
-    if cfg.max_seq_len > _MAX_POSITIONS:
-        raise UserError(f"{where} claims a context of {quote(cfg.max_seq_len)} tokens; the limit is {_MAX_POSITIONS:,}")
+    if cfg.max_seq_len * cfg.head_dim > _MAX_ANGLES:
+        raise UserError(
+            f"{where} claims a context of {quote(cfg.max_seq_len)} tokens and heads of {quote(cfg.head_dim)} features; "
+            f"their product may be {_MAX_ANGLES:,} at most, or the tables of rotations fill the memory"
+        )
 
 
-def _config(build, where: Path) -> LlamaConfig:
-    """The configuration that `build` makes from a foreign dictionary; what it trips over becomes a sentence."""
+def _config(build: Callable[[], LlamaConfig], folder: Path) -> LlamaConfig:
+    """The configuration that `build` makes, or a sentence that names the folder."""
     try:
         return build()
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{where} lacks the key {error}") from None
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{where} has a value of the wrong kind: {quote(str(error))}") from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 # %% ../../notebooks/25_checkpoints.ipynb #36bd8987
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -163,9 +161,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _open_hf(folder: Path) -> _Checkpoint:
     """Read and check the headers of a folder in Hugging Face's layout."""
-    path = folder / "config.json"
+    path, index = folder / "config.json", folder / "model.safetensors.index.json"
     said = read_json(path)
-    cfg = _config(lambda: LlamaConfig.from_hf(said), path)
+    cfg = _config(lambda: LlamaConfig.from_hf(said), folder)
     # Old files hold the rotation frequencies, which follow from the configuration.
     entries = {name: e for name, e in read_headers(folder).items() if not name.endswith(".rotary_emb.inv_freq")}
     _check_extent(cfg, entries, folder)
@@ -187,7 +185,7 @@ def _open_hf(folder: Path) -> _Checkpoint:
         _TORCH_DTYPES[kind.removeprefix("torch.")],
         [_Piece(n, entries[hf_name(n)], rotated_heads=_rotated_heads(n, cfg)) for n, _ in tensor_shapes(cfg)],
         generation,
-        [path, *sorted({e.file for e in entries.values()})],
+        [path, *(p for p in [index] if p.exists()), *sorted({e.file for e in entries.values()})],
     )
 
 # %% ../../notebooks/25_checkpoints.ipynb #11eb4937
@@ -204,7 +202,7 @@ def _open_meta(folder: Path) -> _Checkpoint:
     output = shards[0].get("output.weight", shards[0].get("tok_embeddings.weight"))
     rows = n * output.shape[0] if output and len(output.shape) == 2 else None
     unsaid = said.get("vocab_size", -1) == -1
-    cfg = _config(lambda: LlamaConfig.from_meta(said, vocab_size=rows if unsaid else None), path)
+    cfg = _config(lambda: LlamaConfig.from_meta(said, vocab_size=rows if unsaid else None), folder)
     _check_extent(cfg, shards[0], folder)
     embedding = shards[0].get("tok_embeddings.weight")
     embedding_dim = int(n > 1 and embedding is not None and embedding.shape != (cfg.vocab_size // n, cfg.dim))
@@ -346,6 +344,16 @@ def _open(folder: Path) -> _Checkpoint:
     return checkpoint
 
 
+def _verify(checkpoint: _Checkpoint) -> None:
+    """Compare the files with the checksums beside them; where there are none, a .pth with those inside of it."""
+    folder = checkpoint.files[0].parent
+    others = [p for name in ("generation_config.json", *_COMPANIONS) if (p := folder / name).is_file()]
+    if not check_sums(folder, checkpoint.files, others):
+        for path in checkpoint.files:
+            if path.suffix == ".pth":
+                meta_io.check_crcs(path)
+
+
 def _tensors(pieces: list[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
     """Every piece with its numbers, one at a time: copy them, the next piece may overwrite them."""
     scratch = torch.empty(max(p.entry.nbytes for p in pieces), dtype=torch.uint8)
@@ -376,8 +384,9 @@ def load_pretrained(
         path: a folder, or a Hub id such as "meta-llama/Llama-3.2-1B".
         dtype: of the parameters; None means the one the folder states.
         device: of the parameters; None means the CPU.
-        verify: compare the files with the checksums beside them, where there are any. It costs one more reading; only
-            checksums notice a flipped bit in a weight, or shards of two models of the same shape.
+        verify: compare the files with the checksums beside them, or, where there are none, a .pth with the CRC-32 of
+            its records. It costs one more reading; only checksums notice a flipped bit in a weight, and only those
+            beside the files notice shards of two models of the same shape.
 
     Returns:
         The model. Its `generation_config` is a dict of what the folder says on generation, such as "eos_token_id".
@@ -387,7 +396,7 @@ def load_pretrained(
     """
     checkpoint = _open(_locate(path))
     if verify:
-        check_sums(checkpoint.files[0].parent, checkpoint.files)
+        _verify(checkpoint)
     cfg = checkpoint.cfg
     dtype = dtype or checkpoint.dtype
     if not dtype.is_floating_point:
@@ -420,7 +429,7 @@ def read_pretrained(path: str | Path, *, verify: bool = True) -> tuple[LlamaConf
     """
     checkpoint = _open(_locate(path))
     if verify:
-        check_sums(checkpoint.files[0].parent, checkpoint.files)
+        _verify(checkpoint)
     shapes = dict(tensor_shapes(checkpoint.cfg))
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
@@ -515,7 +524,12 @@ def _write_meta(cfg: LlamaConfig, state: dict[str, Tensor], folder: Path, n: int
             raise UserError(f"{n} shards cannot divide {quote(name)} of shape {tuple(p.shape)} evenly")
     for rank in range(n):
         shard = {name: meta_io.part(p, meta_io.split_dim(name, embedding_dim), rank, n) for name, p in state.items()}
-        torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+        try:
+            torch.save(shard, folder / f"consolidated.{rank:02d}.pth")
+        except RuntimeError as error:  # what PyTorch's archive writer makes of a write that fell short
+            if "inline_container" not in str(error) and "iostream" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "a write fell short, the disk is full or files are limited in size") from error
 
 
 def save_pretrained(
@@ -527,7 +541,7 @@ def save_pretrained(
     model_parallel: int = 1,
     generation_config: dict[str, Any] | None = None,
 ) -> None:
-    """Write a model to a folder, in the dtype it has. The folder appears whole or not at all.
+    """Write a model to a folder, in the dtype it has. A save that fails leaves the folder as it was.
 
     A model that was there is replaced when the new one is complete; other files of the folder stay. Checksums of
     everything written are in SHA256SUMS.
@@ -541,7 +555,8 @@ def save_pretrained(
             model was loaded with.
 
     Raises:
-        UserError: the format cannot hold the model, the folder cannot be replaced, or the disk is too small.
+        UserError: the format cannot hold the model, the folder cannot be replaced, the disk is too small, or the
+            system refuses a write.
     """
     _save(model, Path(path).expanduser(), format, max_shard_size, model_parallel, generation_config, companions=[])
 
@@ -556,6 +571,8 @@ def _save(model, path: Path, format: str, max_shard_size: str, model_parallel: i
     generation = getattr(model, "generation_config", {}) if generation is None else generation
     with replace_folder(path, lambda name: bool(_OWNED.fullmatch(name))) as folder:
         needed, free = sum(p.nbytes for p in state.values()), shutil.disk_usage(folder).free
+        if model.cfg.tie_embeddings and model_parallel > 1:  # split two ways; one file holds their numbers once
+            needed += state["tok_embeddings.weight"].nbytes
         if needed > free:
             raise UserError(f"the disk of {path} has {free / 1e9:.2f} GB left, the model takes {needed / 1e9:.2f}")
         if format == "hf":

@@ -6,15 +6,20 @@ __all__ = ['TensorEntry', 'parse_json', 'read_json', 'tokenizer_ids', 'write_sum
 # %% ../../notebooks/25_checkpoints.ipynb #3aab1ebf
 __doc__ = "What every reader of foreign files needs: bounded JSON, checked names, checksums, saving all or nothing."
 
+import ctypes
 import hashlib
 import json
 import math
+import os
 import re
+import reprlib
 import secrets
 import shutil
+import stat
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ import torch
 from llama_edu.errors import UserError
 
 MAX_TENSORS = 20_000  # the 405B model has 1,137
+MAX_DIMS = 8  # a weight has 1 or 2; sizes are multiplied only up to here
 MAX_JSON_BYTES = 64 * 2**20  # the tokenizer.json of Llama 3 has 17 MB, a header of the 405B model 0.2 MB
 
 # %% ../../notebooks/25_checkpoints.ipynb #38924ee8
@@ -42,9 +48,14 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 # %% ../../notebooks/25_checkpoints.ipynb #bf29931c
+_REPR = reprlib.Repr()  # how deep, how wide and how long it looks is bounded, whatever the value is
+_REPR.maxlevel, _REPR.maxtuple, _REPR.maxlist, _REPR.maxdict = 3, 20, 20, 20
+_REPR.maxstring, _REPR.maxlong, _REPR.maxother = 200, 200, 200
+
+
 def quote(value: object, limit: int = 80) -> str:
     """A foreign value for an error message: control characters escaped, and cut where it is long."""
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
@@ -75,8 +86,13 @@ def parse_json(raw: bytes, source: Path) -> dict[str, Any]:
     def number(name: str) -> None:
         raise ValueError(f"{name} is no number of JSON")
 
+    def finite(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"the number {quote(text)} is beyond {sys.float_info.max:.1e}, the largest of float64")
+        return value
+
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=number)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=number, parse_float=finite)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
@@ -99,8 +115,11 @@ def tokenizer_ids(folder: Path) -> tuple[str, int] | None:
     if (folder / "tokenizer.json").exists():
         said = read_json(folder / "tokenizer.json")
         model, added = said.get("model"), said.get("added_tokens") or []
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab or [])))
+        vocab = (model.get("vocab") if isinstance(model, dict) else None) or {}
+        for key, value in (("vocab", vocab), ("added_tokens", added)):
+            if not isinstance(value, dict | list):
+                raise UserError(f"{folder / 'tokenizer.json'} has {quote(value)} as its {key}, expected tokens")
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token.get("id") for token in added if isinstance(token, dict)]
         return "tokenizer.json", 1 + max((i for i in ids if type(i) is int), default=-1)
     path = folder / "tokenizer.model"
@@ -108,7 +127,10 @@ def tokenizer_ids(folder: Path) -> tuple[str, int] | None:
         return None
     raw = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", raw):  # a rank file of tiktoken; special tokens stand elsewhere
-        ids = [int(line.split()[-1]) for line in raw.splitlines() if re.fullmatch(rb"\S+ \d{1,9}", line)]
+        digits = [line.split()[-1] for line in raw.splitlines() if re.fullmatch(rb"\S+ \d+", line)]
+        if max(map(len, digits)) > 9:
+            raise UserError(f"{path} has an id of {max(map(len, digits)):,} digits; an id has at most 9: it is damaged")
+        ids = [int(d) for d in digits]
         if (folder / "tokenizer.model.json").exists():  # where lesson 10 stores them
             special = read_json(folder / "tokenizer.model.json").get("special_tokens")
             ids += [i for i in (special.values() if isinstance(special, dict) else ()) if type(i) is int]
@@ -154,8 +176,17 @@ def write_sums(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text("".join(lines))
 
 
-def check_sums(folder: Path, files: Iterable[Path]) -> None:
-    """Compare `files` with the checksums beside them, where there are any. Raises UserError for one that differs."""
+def check_sums(folder: Path, files: Iterable[Path], optional: Iterable[Path] = ()) -> bool:
+    """Compare files with the checksums beside them; False where there are none.
+
+    Args:
+        files: each must be among those listed.
+        optional: compared where they are listed; they may have been added since.
+
+    Raises:
+        UserError: a file differs, or is not listed.
+    """
+    lists = 0
     for sums, algorithm in _SUMS.items():
         if not (folder / sums).is_file():
             continue
@@ -163,15 +194,50 @@ def check_sums(folder: Path, files: Iterable[Path]) -> None:
             raise UserError(f"{folder / sums} is too large to be a list of checksums")
         lines = [line.split() for line in (folder / sums).read_text(errors="replace").splitlines()]
         digests = {line[1].lstrip("*"): line[0].lower() for line in lines if len(line) == 2}
-        for path in files:
+        lists += 1
+        for path in [*files, *(path for path in optional if path.name in digests)]:
             with open(path, "rb") as f:
                 digest = hashlib.file_digest(f, algorithm).hexdigest()
             if digests.get(path.name) != digest:
-                reason = "has changed since" if path.name in digests else "is not among the files of"
+                listed = path.name in digests
+                reason = f"has changed since {sums} was written" if listed else f"is not among the files of {sums}"
                 raise UserError(
-                    f"{path} {reason} {sums} was written: it is damaged, or belongs to another model "
+                    f"{path} {reason}: it is damaged, or belongs to another model "
                     f"(delete {sums} if you changed it yourself)"
                 )
+    return lists > 0
+
+# %% ../../notebooks/25_checkpoints.ipynb #6b0d94e7
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step. False, with nothing changed, where the system or the disk cannot."""
+    try:
+        return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0  # RENAME_EXCHANGE
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Lock a folder against other saves. Yields False where that cannot be, or another has it and we do not wait."""
+    locked = False
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            number = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, number)
+            fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        yield locked
+
+
+def _left(target: Path, kind: str) -> list[Path]:
+    """The hidden folders, ".new" or ".old", that saving to `target` makes."""
+    name = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}" + re.escape(kind))
+    try:
+        return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    except PermissionError:  # of a folder that may be written to and not be listed
+        return []
 
 # %% ../../notebooks/25_checkpoints.ipynb #783455c5
 @contextmanager
@@ -179,37 +245,92 @@ def replace_folder(target: Path, owned: Callable[[str], bool]) -> Iterator[Path]
     """A new folder to write to, which takes the place of `target` when the block ends, and vanishes when it fails.
 
     Args:
-        target: the folder to replace, or to make.
+        target: the folder to replace, or to make. A new one has the permissions of the old.
         owned: says of a file name whether it belongs to what is replaced. Everything else in `target` is kept, unless
             the new folder has a file of that name.
 
     Raises:
-        UserError: `target` is a file, or the folder the program stands in.
+        UserError: `target` is a file, or the folder the program stands in, or the system refuses to write there.
     """
     target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; a model is saved as a folder")
-    if target == Path.cwd():
-        raise UserError(f"{target} is the current folder, which cannot be replaced as a whole: name a folder in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = secrets.token_hex(4)
-    new, old = (target.with_name(f".{target.name}.{tag}.{kind}") for kind in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        if target.exists():
-            target.rename(old)
+    if target in (Path.cwd(), target.parent):
+        which = "the current folder" if target == Path.cwd() else "the top of the disk"
+        raise UserError(f"{target} is {which}, which cannot be replaced as a whole: name a folder in it")
+    new, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}") for kind in ("new", "old"))
+    with ExitStack() as held:
         try:
-            new.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
+            _begin(target, new, held)
+        except OSError as error:
+            raise UserError(
+                f"{target} cannot be saved, for which a folder is made beside it: {error.strerror or error}; name one "
+                "in a folder that you may write to"
+            ) from None
+        try:
+            yield new
+            with _locked(target.parent):
+                with suppress(OSError):  # nothing is replaced, or the disk knows no permissions
+                    new.chmod(stat.S_IMODE(target.stat().st_mode))
+                _take_place(new, old, target)
+                _keep_others(old, target, owned)
+        except BaseException as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if isinstance(error, OSError):
+                reason = error.strerror or error
+                raise UserError(f"{target} could not be written: {reason}; what was there is untouched") from error
             raise
+
+
+def _begin(target: Path, new: Path, held: ExitStack) -> None:
+    """Make the folder `new` and lock it, after clearing away what killed saves to `target` have left."""
+    above = next(path for path in target.parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file, in which no folder can be made: name another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent):
+        mode = 0o777
+        if target.exists():
+            if not target.is_dir():
+                raise UserError(f"{target} is a file; a model is saved as a folder")
+            if not os.access(target, os.W_OK):
+                raise UserError(f"{target} may not be written to: name another folder, or change its permissions")
+            mode = stat.S_IMODE(target.stat().st_mode) | 0o700
+        for left in _left(target, ".new"):
+            with _locked(left, wait=False) as dead:
+                if dead:
+                    shutil.rmtree(left, ignore_errors=True)
+        new.mkdir(mode)
+        held.enter_context(_locked(new))
+
+
+def _take_place(new: Path, old: Path, target: Path) -> None:
+    """Give the folder `new` the name `target`, and what had it the name `old`."""
+    if not target.exists():
+        new.rename(target)
+        return
+    new.rename(old)  # before the exchange: what is called `.old` may hold files of others, and is never just deleted
+    if _exchange(old, target):
+        return
+    old.rename(new)
+    target.rename(old)
+    try:
+        new.rename(target)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        old.rename(target)
         raise
-    if old.exists():
-        for entry in old.iterdir():
-            if not owned(entry.name) and not (target / entry.name).exists():
-                entry.rename(target / entry.name)
-        shutil.rmtree(old)
+
+
+def _keep_others(old: Path, target: Path, owned: Callable[[str], bool]) -> None:
+    """Move what is not `owned` from the folders that `target` has replaced into it, and delete the rest."""
+    for replaced in {old, *_left(target, ".old")}:
+        try:
+            for entry in replaced.iterdir():
+                if not owned(entry.name) and not (target / entry.name).exists():
+                    entry.rename(target / entry.name)
+        except FileNotFoundError:  # nothing was replaced
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{target} is saved, but not all that stood beside the model before could be moved to it from "
+                f"{replaced}: {error.strerror or error}; move it by hand"
+            ) from error
+        shutil.rmtree(replaced, ignore_errors=True)

@@ -35,7 +35,8 @@ _STORAGES = {
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_MARK = object()
+_MAX_TUPLE = 8  # items; the longest tuple of a checkpoint, what a tensor is made of, has 7
+_MAX_MARKS = 8  # open at a time; a checkpoint has 4
 
 
 class _Name(str):
@@ -60,24 +61,38 @@ def _call(function: Any, args: Any, path: Path) -> Any:
     if function == _DICT and args == ():
         return {}
     if function == _TENSOR and isinstance(args[0], _Storage):
-        return _View(args[0], *args[1:4])
+        offset, shape, stride = args[1:4]
+        if type(shape) is type(stride) is tuple and all(type(n) is int for n in (offset, *shape, *stride)):
+            return _View(args[0], offset, shape, stride)
     if function == _PARAMETER:
         return args[0]
     raise UserError(f"{path} calls {quote(function)} in a way that no checkpoint needs; it is refused, nothing was run")
 
 
+def _tuple(items: list[Any], path: Path) -> tuple[Any, ...]:
+    """A tuple of a pickle. Raises UserError for one longer or deeper than those that a tensor is made of."""
+    if len(items) > _MAX_TUPLE or any(type(i) is tuple and any(type(j) is tuple for j in i) for i in items):
+        raise UserError(
+            f"{path} has a tuple of {len(items):,} items, or of tuples of tuples; a checkpoint needs at most "
+            f"{_MAX_TUPLE} items and two levels: refused, nothing was run"
+        )
+    return tuple(items)
+
+
 def run_pickle(code: bytes, path: Path) -> Any:
     """Follow the pickle of a checkpoint on paper: tensors become descriptions, and no name becomes an object.
 
-    Raises UserError for a name outside the six that a checkpoint of tensors needs, and for any other instruction.
+    The time it takes is in proportion to the length of `code`, whatever stands there.
+
+    Raises UserError for a name outside the seven that a checkpoint of tensors needs, and for any other instruction.
     """
     stack: list[Any] = []
+    marked: list[list[Any]] = []  # what lies below each open mark
     memo: dict[int, Any] = {}
 
     def pop_to_mark() -> list[Any]:
-        mark = max(i for i, item in enumerate(stack) if item is _MARK)
-        items = stack[mark + 1 :]
-        del stack[mark:]
+        nonlocal stack
+        items, stack = stack, marked.pop()
         return items
 
     for op, arg, _ in pickletools.genops(code):
@@ -93,12 +108,16 @@ def run_pickle(code: bytes, path: Path) -> Any:
             case "EMPTY_TUPLE":
                 stack.append(())
             case "MARK":
-                stack.append(_MARK)
+                if len(marked) == _MAX_MARKS:
+                    raise UserError(f"{path} nests its pickle more than {_MAX_MARKS} deep; a checkpoint does not")
+                marked.append(stack)
+                stack = []
             case "TUPLE":
-                stack.append(tuple(pop_to_mark()))
+                items = pop_to_mark()
+                stack.append(_tuple(items, path))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(op.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
+                stack[-n:] = [_tuple(stack[-n:], path)]
             case "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]
             case "MEMOIZE":
@@ -115,7 +134,7 @@ def run_pickle(code: bytes, path: Path) -> Any:
                 stack.append(_Name(name))
             case "BINPERSID":
                 kind, storage, key, _, numel = stack.pop()
-                if kind != "storage" or type(key) is not str or type(numel) is not int:
+                if kind != "storage" or type(storage) is not _Name or type(key) is not str or type(numel) is not int:
                     raise ValueError("a storage that is none")
                 stack.append(_Storage(_STORAGES[storage], key, numel))
             case "REDUCE":
@@ -123,10 +142,15 @@ def run_pickle(code: bytes, path: Path) -> Any:
                 stack.append(_call(function, args, path))
             case "SETITEM" | "SETITEMS":
                 items = [stack.pop(-2), stack.pop()] if op.name == "SETITEM" else pop_to_mark()
-                pairs = list(zip(items[::2], items[1::2], strict=True))
-                if len({key for key, _ in pairs} | stack[-1].keys()) < len(pairs) + len(stack[-1]):
-                    raise UserError(f"{path} names a tensor twice; which one counts is anybody's guess")
-                stack[-1].update(pairs)
+                target = stack[-1]
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    if type(key) is not str:  # asked before it is hashed: a tuple might nest deeper than C can follow
+                        raise UserError(f"{path} holds {quote(key)}, which is no named tensor")
+                    if key in target:
+                        raise UserError(f"{path} names a tensor twice; which one counts is anybody's guess")
+                    if len(target) == MAX_TENSORS:
+                        raise UserError(f"{path} holds more than the {MAX_TENSORS:,} tensors that are read")
+                    target[key] = value
             case "BUILD":
                 stack.pop()  # attributes of the dictionary, which hold versions of modules
             case "STOP":
@@ -141,8 +165,7 @@ def _pth_entry(path: Path, name: Any, view: Any, sizes: dict[str, int]) -> Tenso
     if type(name) is not str or not isinstance(view, _View):
         raise UserError(f"{path} holds {quote(name)}, which is no named tensor")
     storage, offset, shape, stride = view
-    numbers = [offset, *shape, *stride]
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
+    if any(n < 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
         raise UserError(f"{path} gives tensor {quote(name)} the shape {quote(shape)} and stride {quote(stride)}")
     expected = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     if any(have != want for have, want, n in zip(stride, expected, shape) if n > 1):
@@ -207,9 +230,9 @@ def read_pth(entries: dict[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one .pth file in turn, mapped from the file: copy them, do not keep them.
 
     What has been touched of a mapping counts as memory until it is closed, so it is opened afresh whenever more than
-    the largest tensor has been read through it.
+    the largest tensor, and more than 16 MiB, have been read through it: opening takes time for every tensor there is.
     """
-    largest = max((e.nbytes for e in entries.values()), default=0)
+    largest = max([2**24, *(e.nbytes for e in entries.values())])
     touched, mapped = 0, None
     for name, entry in entries.items():
         if mapped is None or touched + entry.nbytes > largest:
@@ -220,6 +243,20 @@ def read_pth(entries: dict[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{entry.file} says two things about tensor {quote(name)}; it is refused")
         touched += entry.nbytes
         yield name, tensor
+
+# %% ../../notebooks/25_checkpoints.ipynb #b0c5d1e8
+def check_crcs(path: Path) -> None:
+    """Compare every record of a .pth with the CRC-32 that its archive holds. Raises UserError for one that differs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()  # in pieces of one MiB
+    except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, EOFError, struct.error) as error:
+        bad = str(error)
+    if bad is not None:
+        raise UserError(
+            f"{path} is damaged: {quote(bad)} differs from the CRC-32 stored with it; fetch the file again "
+            "(verify=False loads it as it is)"
+        )
 
 # %% ../../notebooks/25_checkpoints.ipynb #cb552ce0
 _SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}

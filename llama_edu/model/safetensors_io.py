@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from llama_edu.errors import UserError
-from llama_edu.model.files import MAX_TENSORS, TensorEntry, check_file_name, parse_json, quote, read_json, regular_size
+from llama_edu.model.files import (
+    MAX_DIMS,
+    MAX_TENSORS,
+    TensorEntry,
+    check_file_name,
+    parse_json,
+    quote,
+    read_json,
+    regular_size,
+)
 
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -33,8 +42,10 @@ def _entry(path: Path, name: str, said: Any, data_start: int) -> TensorEntry:
     if not isinstance(code, str) or code not in _DTYPES:
         raise UserError(f"{path} holds tensor {quote(name)} as {quote(code)}; weights are one of {', '.join(_DTYPES)}")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**64 for n in numbers):
             raise UserError(f"{path} gives tensor {quote(name)} the shape or offsets {quote(numbers)}")
+    if len(shape) > MAX_DIMS:
+        raise UserError(f"{path} gives tensor {quote(name)} {len(shape):,} dimensions; at most {MAX_DIMS} are read")
     entry = TensorEntry(path, name, _DTYPES[code], tuple(shape), data_start + (offsets or [0])[0])
     if len(offsets) != 2 or offsets[1] - offsets[0] != entry.nbytes:
         raise UserError(

@@ -202,12 +202,17 @@ class Transformer(nn.Module):
         return load_pretrained(path, dtype=dtype, device=device)
 
     def save_pretrained(
-        self, path: str | Path, *, format: Literal["hf", "meta"] = "hf", max_shard_size: str = "5GB"
+        self,
+        path: str | Path,
+        *,
+        format: Literal["hf", "meta"] = "hf",
+        max_shard_size: str = "5GB",
+        model_parallel: int = 1,
     ) -> None:
         """Write a checkpoint folder. See `llama_edu.model.checkpoint.save_pretrained`."""
         from llama_edu.model.checkpoint import save_pretrained
 
-        save_pretrained(self, path, format=format, max_shard_size=max_shard_size)
+        save_pretrained(self, path, format=format, max_shard_size=max_shard_size, model_parallel=model_parallel)
 
 # %% ../../notebooks/24_transformer.ipynb #29ff0549
 def residual_stream(

@@ -17,7 +17,7 @@ def read_float32(raw, name):
 
 
 def safe_name(body):
-    return f"from pathlib import Path\ndef safe_name(name):\n    return {body}\n"
+    return f"import re\nfrom pathlib import Path\ndef safe_name(name):\n    return {body}\n"
 
 
 def to_hf_rows(q, k):
@@ -65,6 +65,10 @@ MISTAKES = [
     (check_safe_name, safe_name("'/' not in name"), "has no slash"),
     (check_safe_name, safe_name("Path(name).name == name and name != '..'"), "on Windows"),
     (check_safe_name, safe_name("'/' not in name and '\\\\' not in name and name != '..'"), "empty name"),
+    (check_safe_name, safe_name("bool(name) and name != '..' and not set(name) & set('/\\\\')"), "the folder itself"),
+    (check_safe_name, safe_name("name not in ('', '.', '..') and not set(name) & set('/\\\\')"), "drive C"),
+    (check_safe_name, safe_name("name not in ('', '.', '..') and not set(name) & set('/\\\\:')"), "zero byte"),
+    (check_safe_name, safe_name("re.match(r'\\w[\\w.-]*$', name) is not None"), "line break"),
     (check_to_hf_rows, to_hf_rows("back(wq, n_heads)", "back(wk, n_kv_heads)"), "Wrong direction"),
     (check_to_hf_rows, to_hf_rows("half(wq, n_heads)", "half(wk, n_heads)"), "number of query heads"),
     (check_to_hf_rows, to_hf_rows("half(wq, n_heads)", "wk"), "wk stays as it was"),
