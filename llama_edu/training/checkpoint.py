@@ -305,10 +305,11 @@ def _dcp(verb: str, state: dict[str, Any], path: Path, group: Any) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    options = {"storage_writer": _writer(path)} if verb == "save" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         try:
-            getattr(dcp, verb)(state, checkpoint_id=path, process_group=group, no_dist=alone)
+            getattr(dcp, verb)(state, checkpoint_id=path, process_group=group, no_dist=alone, **options)
         except CheckpointException as error:
             for rank, (cause, _) in sorted(error.failures.items()):
                 where = "" if alone else f" on rank {rank}"
@@ -319,6 +320,30 @@ def _dcp(verb: str, state: dict[str, Any], path: Path, group: Any) -> None:
                     short = f"a write fell short{where}; the disk is full or files are limited in size"
                     raise OSError(errno.ENOSPC, short) from error
             raise
+
+
+def _writer(path: Path) -> Any:
+    """PyTorch's writer of checkpoints, which tells of a failed write in its error and nowhere else.
+
+    Its wrapper around a file flushes it once more when it is collected. After an error the file is closed by then, and
+    Python 3.13 prints what a finaliser raises.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+
+    class Files(FileSystem):
+        @contextmanager
+        def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+            file: Any
+            with super().create_stream(path, mode) as file:
+                try:
+                    yield file
+                except BaseException:
+                    file.flush = lambda: None
+                    raise
+
+    writer = FileSystemWriter(path)
+    writer.fs = Files()
+    return writer
 
 
 def _need_space(folder: Path, state: dict[str, Any]) -> None:
