@@ -25,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import llama_edu.training.checkpoint as saving
 from llama_edu.config import LlamaConfig
+from llama_edu.parallel.compat import takes
 from llama_edu.parallel.dims import ParallelPlan
 from llama_edu.parallel.engine import ParallelEngine
 from llama_edu.parallel.resilience import attempt_store, last_words, limit_waiting
@@ -151,6 +152,7 @@ def work(job: dict) -> None:
 
 def launch(job: dict) -> dict:
     """Run the job under the agent. Returns what each rank said, or how it ended."""
+    patience = {"shutdown_timeout": 2} if takes(LaunchConfig, "shutdown_timeout") else {}  # torch 2.11 waits 30 s
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -162,7 +164,7 @@ def launch(job: dict) -> dict:
         max_restarts=job.get("restarts", 1),
         monitor_interval=0.05,
         start_method="fork",
-        shutdown_timeout=2,
+        **patience,
     )
     try:
         elastic_launch(settings, work)(job)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llama_edu import LlamaConfig
 from llama_edu.errors import UserError
-from llama_edu.parallel import ParallelPlan, RankError, build_mesh, run_ranks
+from llama_edu.parallel import ParallelPlan, RankError, build_mesh, dims, run_ranks
 from llama_edu.parallel.planner import coordinates
 
 MODEL = LlamaConfig(dim=64, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=96, vocab_size=100, max_seq_len=64)
@@ -26,6 +26,7 @@ MODEL = LlamaConfig(dim=64, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=96, voc
         ({"pp": 2, "virtual_stages": 2}, "the schedule interleaved or zero-bubble"),
         ({"pp": 2, "layers": (1, 2, 1)}, "names 3 stages, pp . virtual_stages makes 2"),
         ({"pp": 2, "schedule": "interleaved", "virtual_stages": 2, "micro_batches": 3}, "does not divide by pp 2"),
+        ({"pp": 2, "schedule": "zero-bubble", "micro_batches": 5}, "5 does not divide into 2 rounds.*multiple of pp"),
         ({"pp": 4, "micro_batches": 2}, "micro_batches is 2; the schedule 1f1b needs at least pp 4"),
         ({"contiguous": -1}, "contiguous is -1; it must be at least 0"),
         ({"pp": 2, "contiguous": 2}, r"the schedule interleaved \(here 1f1b\)"),
@@ -68,6 +69,20 @@ def test_a_sequence_batch_or_world_that_cannot_be_divided_is_refused():
         ParallelPlan(dp=2, pp=2).check_batch(6)
     with pytest.raises(UserError, match=r"dp 2 \* pp 1 \* cp 1 \* tp 2 makes 4 ranks, and 8 are running"):
         ParallelPlan(dp=2, tp=2).check_world(8)
+
+
+def test_a_schedule_that_cannot_run_is_refused(monkeypatch):
+    plan = ParallelPlan(pp=2, schedule="zero-bubble", virtual_stages=2)
+    monkeypatch.setattr(dims, "splits_backward", lambda: True)
+    plan.check_schedule()
+    for recompute in ("selective", "full"):
+        plan.check_schedule(recompute, compile=True)
+        with pytest.raises(UserError, match=f"recompute is {recompute} .* take recompute none, compile the layers, or"):
+            plan.check_schedule(recompute)
+    monkeypatch.setattr(dims, "splits_backward", lambda: False)
+    with pytest.raises(UserError, match=r"needs torch 2\.13, and this is .*: install torch 2\.13, or"):
+        plan.check_schedule()
+    ParallelPlan(pp=2, schedule="interleaved", virtual_stages=2).check_schedule("selective")
 
 
 def test_llama_3_takes_a_layer_off_the_first_and_last_stage():

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from llama_edu import LlamaConfig, Transformer
 from llama_edu.data import Batch
-from llama_edu.parallel import ParallelEngine, ParallelPlan, build_mesh, parallelize, run_ranks
-from llama_edu.parallel.compat import quiet_gathers
+from llama_edu.parallel import ParallelEngine, ParallelPlan, RankError, build_mesh, parallelize, run_ranks
+from llama_edu.parallel.compat import quiet_gathers, splits_backward
 from llama_edu.training import TrainConfig, make_optimizer
 
 MODEL = LlamaConfig(dim=32, n_layers=4, n_heads=8, n_kv_heads=4, ffn_dim=48, vocab_size=96, max_seq_len=32)
@@ -148,7 +148,6 @@ SCHEDULES = [
     P(pp=2, schedule="gpipe", layers=(1, 3)),
     P(pp=2, schedule="1f1b", micro_batches=8, reshard="always"),
     P(pp=2, schedule="interleaved", virtual_stages=2),
-    P(pp=2, dp=2, schedule="zero-bubble", virtual_stages=2),
     P(pp=2, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=4),  # Llama 3's N
     P(pp=2, dp=2, schedule="interleaved", virtual_stages=2, micro_batches=4, contiguous=4, reshard="always"),
     P(pp=3, schedule="interleaved", virtual_stages=2, micro_batches=8, contiguous=4),
@@ -197,9 +196,13 @@ TIED = [
 ]
 
 
+def tied(config=CONFIG):
+    return replace(config, model=LlamaConfig(**{**MODEL.to_dict(), "tie_embeddings": True}))
+
+
 @pytest.mark.parametrize("plan", TIED, ids=name_of)
 def test_a_tied_embedding_stays_tied(plan):
-    config = replace(CONFIG, model=LlamaConfig(**{**MODEL.to_dict(), "tie_embeddings": True}))
+    config = tied()
     if plan.pp == 2 and plan.virtual_stages == 1:
         config = replace(config, accumulate=2)  # the copies are added up once, after all parts
     assert max(differences((plan, config))) < 1e-12
@@ -213,7 +216,6 @@ LOSSES = {
         (P(tp=2, pp=2), replace(LOSS, accumulate=2)),
         (P(cp=2, tp=2), replace(LOSS, document_mask=False, recompute="full")),
         (P(dp=2, tp=2), replace(LOSS, recompute="selective")),
-        (P(dp=2, pp=2, schedule="zero-bubble", virtual_stages=2), LOSS),
         (P(cp=2, pp=2, schedule="gpipe"), LOSS),
     ],
 }
@@ -243,6 +245,34 @@ SHARED = {
 @pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_fewer_key_value_heads_than_ranks(world_size):
     assert max(differences(*SHARED[world_size])) < 1e-12
+
+
+def zero_bubble(**axes):
+    return P(pp=2, schedule="zero-bubble", virtual_stages=2, **axes)
+
+
+ZERO_BUBBLE = {
+    2: [(zero_bubble(), few(1)), (zero_bubble(micro_batches=8), tied(LOSS))],
+    4: [
+        (zero_bubble(dp=2), CONFIG),
+        (zero_bubble(dp=2), LOSS),
+        (zero_bubble(cp=2), LOSS),
+        (zero_bubble(tp=2), CONFIG),
+        (zero_bubble(tp=2), tied()),
+        (zero_bubble(tp=2, micro_batches=2), few(1, replace(LOSS, accumulate=2))),
+    ],
+    8: [(zero_bubble(cp=2, tp=2), LOSS)],
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_the_zero_bubble_schedule(world_size):
+    if splits_backward():
+        assert max(differences(*ZERO_BUBBLE[world_size])) < 1e-12
+        return
+    for case in ZERO_BUBBLE[world_size]:
+        with pytest.raises(RankError, match=r"needs torch 2\.13, and this is 2\.1[12]\..*: install torch 2\.13, or"):
+            launch([case], torch.float64)
 
 
 def test_float32():
@@ -280,6 +310,10 @@ COMPILED = [
 ]
 
 
+# Compiled before 2.13, attention in float64 has float32 sums, which its backward pass refuses.
+EXACT = torch.float64 if torch.__version__ >= (2, 13) else torch.float32
+
+
 def kept(recompute):
     """Bytes that one of two tensor-parallel ranks keeps for the backward pass."""
     plan, sizes = P(tp=2), {}
@@ -301,7 +335,7 @@ def test_compiled_layers_give_the_same():
     code = (
         "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
         "for plan, config in t.COMPILED:\n"
-        "    print(max(t.differences((plan, replace(config, compile=True)))))\n"
+        "    print(*t.differences((plan, replace(config, compile=True)), dtype=t.EXACT))\n"
         "print(*(t.run_ranks(t.kept, 2, how)[0] for how in ('none', 'selective', 'full')))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -309,6 +343,9 @@ def test_compiled_layers_give_the_same():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     *differences, bytes_kept = done.stdout.splitlines()
-    assert len(differences) == len(COMPILED) and max(map(float, differences)) < 1e-12
+    assert len(differences) == len(COMPILED)
+    limits = [1e-12] * 4 if EXACT == torch.float64 else [1e-5] * 3 + [1e-3]
+    for line in differences:
+        assert all(float(x) < limit for x, limit in zip(line.split(), limits, strict=True)), line
     everything, selective, full = map(int, bytes_kept.split())
     assert full < 0.5 * selective < 0.5 * 0.95 * everything

@@ -7,6 +7,7 @@ import logging
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +21,7 @@ __all__ = [
     "quiet",
     "quiet_gathers",
     "split_mesh",
+    "splits_backward",
     "sum_gradients",
     "takes",
 ]
@@ -69,6 +71,15 @@ def split_mesh(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...])
     Every rank of the mesh must ask, in the same order: it makes process groups.
     """
     return mesh._unflatten(0, sizes, names)
+
+
+def splits_backward() -> bool:
+    """Whether PyTorch's pipeline can compute the gradients of weights apart from those of inputs, as zero-bubble does.
+
+    Before 2.13 it lost the nodes of functions written in Python between the two, and counted gradients twice where
+    several nodes lead to one weight.
+    """
+    return torch.__version__ >= (2, 13)
 
 
 def quiet(message: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama_edu.config import LlamaConfig
 from llama_edu.errors import UserError
+from llama_edu.parallel.compat import splits_backward
 from llama_edu.parallel.planner import stage_layers
 
 __all__ = ["ParallelPlan", "build_mesh", "data_axes", "size_of"]
@@ -29,7 +31,8 @@ class ParallelPlan:
         dp_replicate: of the dp ranks, groups that hold a copy of everything instead of parts (HSDP); divides dp.
         micro_batches: parts in which a batch goes through the pipeline; 0: as many as it has stages.
         schedule: order of forward and backward passes in the pipeline. "interleaved" and "zero-bubble" want several
-            virtual_stages.
+            virtual_stages. "zero-bubble" needs torch 2.13, and comes back to a layer later, for each of its matrices:
+            a compiled one does all of its backward pass twice, one that is not cannot be recomputed.
         virtual_stages: stages a rank holds.
         contiguous: of the schedule "interleaved", micro-batches that pass through a stage before the rank turns to its
             next one, from pp (depth first) to micro_batches (breadth first): N of Llama 3 (section 3.3.2). With it
@@ -95,6 +98,12 @@ class ParallelPlan:
                 f"micro_batches {self.micro_batches} does not divide by pp {self.pp}: change one, or set contiguous "
                 f"to at least {self.pp}"
             )
+        rounds = max(1, self.n_micro_batches // self.pp)
+        if self.schedule == "zero-bubble" and self.n_micro_batches % rounds:
+            raise UserError(
+                f"micro_batches {self.micro_batches} does not divide into {rounds} rounds, which the schedule "
+                f"zero-bubble makes of it with pp {self.pp}: take a multiple of pp"
+            )
 
     @property
     def world_size(self) -> int:
@@ -158,6 +167,22 @@ class ParallelPlan:
                         f"layers {layers} leave rank {rank} of the {self.pp} of the pipeline without any: give it one, "
                         "or take a smaller pp"
                     )
+
+    def check_schedule(self, recompute: str = "none", *, compile: bool = False) -> None:
+        """Raise UserError where PyTorch cannot run the schedule over layers that are recomputed or compiled so."""
+        if self.pp == 1 or self.schedule != "zero-bubble":
+            return
+        if not splits_backward():
+            raise UserError(
+                f"schedule is zero-bubble, which needs torch 2.13, and this is {torch.__version__}: install torch "
+                "2.13, or take the schedule interleaved"
+            )
+        if recompute != "none" and not compile:
+            raise UserError(
+                f"recompute is {recompute} and schedule is zero-bubble, which comes back to a layer for each of its "
+                "matrices and would compute it again every time: take recompute none, compile the layers, or take the "
+                "schedule interleaved"
+            )
 
     def check_sequence(self, seq_len: int) -> None:
         """Raise UserError where a sequence cannot be divided so."""

@@ -44,10 +44,11 @@ def parallelize(
         The model itself; with pp > 1 a `Pipeline`.
 
     Raises:
-        UserError: the model cannot be divided so.
+        UserError: the model cannot be divided so, or PyTorch cannot run the schedule.
     """
     plan.check_model(model.cfg)
     check_mode(recompute)
+    plan.check_schedule(recompute, compile=compile)
     layers = plan.stage_layers(model.cfg.n_layers)
     rank = mesh["pp"].get_local_rank()
     stages = {i: part for i, part in enumerate(cut_stages(model, layers)) if i % plan.pp == rank}

@@ -212,4 +212,8 @@ class Pipeline(nn.Module):
         return (x if stage.tok_embeddings is not None else DTensor.from_local(x, self.tp, [Shard(1)], run_check=False),)
 
     def _leave(self, stage: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        return out.to_local() if isinstance(out, DTensor) else out
+        if not isinstance(out, DTensor):
+            return out
+        # Zero-bubble detaches in place what a stage has sent, and PyTorch detaches no view so.
+        sent = self.schedule == "zero-bubble" and stage.norm is None
+        return out.to_local().clone() if sent else out.to_local()
