@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from llama_edu.config import LlamaConfig
@@ -234,7 +236,7 @@ def used(q, k, v, mask=None):
 
 def test_blocks_serve_long_causal_sequences_alone():
     long, short = ([x.float().requires_grad_() for x in heads(seq=n, head_dim=16)] for n in (BLOCK, BLOCK - 1))
-    assert used(*long) == _has_kernels(torch.float32, 16) and not used(*short)
+    assert used(*long) == _has_kernels(torch.float32) and not used(*short)
     assert not used(*long, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool).tril())
     assert not used(*(x.double() for x in long))
     with manual_backward(False):
@@ -269,6 +271,31 @@ def test_heads_that_do_not_fit_reach_no_kernel(misfit):
     fused = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     ours, theirs = told(inspect.unwrap(ScaledDotProduct.forward), ScaledDotProduct(), q, k, v), told(fused, q, k, v)
     assert ours is theirs if isinstance(theirs, type) else torch.equal(ours, theirs)
+
+
+def test_transforms_of_functions_are_those_of_the_fused_kernel():
+    q, k, v = heads(seq=BLOCK, head_dim=16, dtype=torch.float32)
+    inner = ScaledDotProduct()
+    loss = lambda q, k, v: inner(q[None], k[None], v[None]).square().sum()
+    each = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    leaf = q.clone().requires_grad_()
+    inner(leaf, k, v).square().sum().backward()
+    torch.testing.assert_close(each, leaf.grad, rtol=1e-4, atol=1e-5)
+    slope = 0.1 * torch.randn_like(q)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(lambda q: inner(q, k, v).square().sum(), (q,), (slope,))
+        with forward_ad.dual_level():
+            dual = inner(forward_ad.make_dual(q, slope), k, v).square().sum()
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
+    torch.testing.assert_close(tangent, (leaf.grad * slope).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_compile_with_any_length_as_one_graph():
+    torch._dynamo.reset()
+    function = torch.compile(inspect.unwrap(ScaledDotProduct.forward), dynamic=True, fullgraph=True)
+    for seq, head_dim in ((BLOCK, 16), (BLOCK + 9, 32)):
+        q, k, v = heads(seq=seq, head_dim=head_dim, dtype=torch.float32)
+        torch.testing.assert_close(function(ScaledDotProduct(), q, k, v), plain(q, k, v), atol=2e-6, rtol=0)
 
 
 def test_other_dtypes_of_keys_reach_no_kernel():

@@ -229,6 +229,30 @@ def test_what_cannot_work_is_refused_with_a_sentence(monkeypatch):
         assert FastDecoder(model(), engine="compiled").engine == "kernels"
 
 
+@pytest.mark.parametrize(
+    "tokens, slots, sentence",
+    [
+        ([101, 2], None, "token id 101; the model has 101, from 0"),
+        ([2, -1], None, "token id -1; the model has 101"),
+        ([10**9], None, "token id 1000000000; the model has 101"),
+        ([1, 2], [0, 2], "slot 2; the decoder has 2, from 0"),
+        ([1], [-1], "slot -1; the decoder has 2"),
+        ([1, 2], [0], "2 tokens for 1 slots"),
+        ([1] * 9, [0] * 9, "9 tokens in one step; this decoder takes 8"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_and_nothing_is_read(tokens, slots, sentence):
+    """The kernels take addresses: an id that there is not would be read from elsewhere."""
+    decoder = FastDecoder(model(), batch_size=2, weights="float32")
+    before = decoder.prefill(PROMPTS[:2]).clone()
+    with pytest.raises(ValueError, match=sentence):
+        decoder.step(tokens, slots)
+    assert decoder.lengths.tolist() == [5, 1]
+    again = FastDecoder(model(), batch_size=2, weights="float32")
+    assert torch.equal(again.prefill(PROMPTS[:2]), before)
+    assert torch.equal(decoder.step([3, 4]), again.step([3, 4]))
+
+
 def test_a_nan_that_appears_while_decoding_is_found():
     m = model()
     with torch.no_grad():

@@ -182,3 +182,24 @@ def test_evaluation_in_chunks():
     with torch.no_grad():
         whole = next_token_loss(model, batch.tokens, batch.targets)
         torch.testing.assert_close(next_token_loss(model, batch.tokens, batch.targets, chunk_size=9), whole)
+
+
+@pytest.mark.parametrize("target", [50, -1, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_that_is_no_token_is_refused(target, dtype):
+    """The kernel takes addresses: it would read and write beyond the scores, or take -1 for the last token."""
+    hidden, weight = torch.randn(70, 16).to(dtype).requires_grad_(), torch.randn(50, 16).to(dtype).requires_grad_()
+    targets = torch.full((70,), IGNORE)
+    targets[-1] = target
+    with pytest.raises((IndexError, RuntimeError), match=r"targets run from|out of bounds"):
+        chunked_cross_entropy(hidden, weight, targets)
+    chunked_cross_entropy(hidden, weight, targets.fill_(IGNORE)).backward()
+    assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_cost_nothing(dtype):
+    hidden, weight = torch.randn(0, 16).to(dtype).requires_grad_(), torch.randn(50, 16).to(dtype).requires_grad_()
+    loss = chunked_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and not weight.grad.any()

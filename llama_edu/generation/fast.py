@@ -389,15 +389,28 @@ class FastDecoder:
 
         Args:
             slots: which sequences; None is 0, 1, 2, ... A slot named several times reads its tokens in this order.
+
+        Raises:
+            ValueError: an id or a slot that there is not, a full slot, or more tokens than a step takes. Nothing is
+                read then.
         """
+        tokens = torch.as_tensor(tokens).tolist()
         slots = list(range(len(tokens))) if slots is None else list(slots)
-        positions = []
-        for slot in slots:
-            if self.lengths[slot] >= self.max_seq_len:
+        if len(slots) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens for {len(slots)} slots")
+        lengths, positions = self.lengths.copy(), []
+        for token, slot in zip(tokens, slots):  # the kernels take addresses, and look at none of this
+            if not 0 <= token < self.cfg.vocab_size:
+                raise ValueError(f"token id {token}; the model has {self.cfg.vocab_size}, from 0")
+            if not 0 <= slot < self.batch_size:
+                raise ValueError(f"slot {slot}; the decoder has {self.batch_size}, from 0")
+            if lengths[slot] >= self.max_seq_len:
                 raise ValueError(f"slot {slot} is full: the decoder has room for {self.max_seq_len} tokens a sequence")
-            positions.append(int(self.lengths[slot]))
-            self.lengths[slot] += 1
-        return self._run(torch.as_tensor(tokens).tolist(), slots, positions)
+            positions.append(int(lengths[slot]))
+            lengths[slot] += 1
+        logits = self._run(tokens, slots, positions)
+        self.lengths[:] = lengths
+        return logits
 
     def extend(self, tokens: Sequence[int], slot: int = 0) -> Float[Tensor, "seq vocab"]:
         """Read several tokens into one slot; the logits after each of them."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..config import LlamaConfig
@@ -234,9 +235,9 @@ def _need_fit(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 @torch.compiler.assume_constant_result  # a compiler need not follow how processors are told apart
-def _has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether `attention_kernels` serve such heads on this processor; numba is not imported for others."""
-    if dtype not in (torch.float32, torch.bfloat16) or head_dim % 16:
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether `attention_kernels` serve such numbers on this processor; numba is not imported for others."""
+    if dtype not in (torch.float32, torch.bfloat16):
         return False
     from llama_edu.native import has_dots, has_tiles
 
@@ -247,7 +248,7 @@ def _has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
 
 def _kernels(q: Tensor) -> ModuleType | None:
     """`attention_kernels`, if they serve such queries."""
-    if q.device.type != "cpu" or not _has_kernels(q.dtype, q.shape[-1]):
+    if q.device.type != "cpu" or q.shape[-1] % 16 or not _has_kernels(q.dtype):
         return None
     from llama_edu.model import attention_kernels
 
@@ -326,6 +327,14 @@ block_attention.register_autograd(
 )
 
 # %% ../../notebooks/22_attention.ipynb #40f3c31d
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: `block_attention` has one derivative, backward."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 class ScaledDotProduct(nn.Module):
     """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels, or by `block_attention` where it is faster.
 
@@ -344,8 +353,9 @@ class ScaledDotProduct(nn.Module):
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         if is_manual():
             return ManualAttention.apply(q, k, v, mask)
-        causal_on_cpu = mask is None and q.device.type == "cpu" and q.shape[2] >= BLOCK and type(q) is Tensor
-        if is_manual(default=causal_on_cpu and _has_kernels(q.dtype, q.shape[3]) and _fit(q, k, v)):
+        blocks = mask is None and q.device.type == "cpu" and q.shape[2] >= BLOCK and q.shape[3] % 16 == 0
+        blocks = blocks and type(q) is Tensor and _has_kernels(q.dtype) and _fit(q, k, v)
+        if is_manual(default=blocks and not _is_transformed(q, k, v)):
             return block_attention(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)

@@ -53,6 +53,16 @@ def _kernel(device: str, dtype: torch.dtype) -> Callable | None:
     return softmax_minus_target
 
 
+def _need_known(targets: Tensor, vocab: int) -> None:
+    """The kernel takes addresses: it would read and write beyond. PyTorch's operations look for themselves."""
+    known = targets[targets != IGNORE]
+    if len(known) and not 0 <= known.min() <= known.max() < vocab:
+        raise IndexError(
+            f"targets run from {int(known.min())} to {int(known.max())}; there are scores for {vocab} tokens, from 0, "
+            f"and {IGNORE} stands for no target"
+        )
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sums of the objective and of the cross-entropy, times `scale`. Their gradient is computed with them."""
 
@@ -72,11 +82,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        chunk_size = min(chunk_size, len(targets))
+        to_fill = torch.empty_like if len(targets) else torch.zeros_like  # no chunk fills it without targets
+        grad_weight = to_fill(weight) if wants_weight else None
+        chunk_size = max(1, min(chunk_size, len(targets)))
         losses = hidden.new_empty(len(targets), 1, dtype=wide)
         log_sums = torch.empty_like(losses)
         kernel = _kernel(device, low)
+        if kernel:
+            _need_known(targets, len(weight))
         # Memory that is used again costs nothing; new memory has to be filled with zeros by the system first.
         low_scores = hidden.new_empty(chunk_size, len(weight), dtype=low)
         few = max(1, FEW // len(weight)) if device == "cpu" else chunk_size
