@@ -414,8 +414,8 @@ class LlamaConfig:
             max_seq_len: None means the context of the generation that the constants point to.
             tie_embeddings: Meta's files hold both matrices even where they are equal.
         """
-        fields = lambda: {**_from_meta(d, vocab_size, max_seq_len), "tie_embeddings": tie_embeddings}
-        return _in_words(lambda: cls(**fields()), "params.json")
+        shape = lambda: _from_meta(d, vocab_size, max_seq_len)
+        return _in_words(lambda: cls(**shape(), tie_embeddings=tie_embeddings), "params.json")
 
     def to_meta(self) -> dict[str, Any]:
         """The dict of a Meta params.json. Raises UserError for what that format cannot say."""
