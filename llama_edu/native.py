@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,18 +15,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from llama_edu import jit
+
 LANES = 16  # numbers a vector holds: one register of AVX-512, two of AVX2, four of NEON
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def compiled(function: Callable) -> Callable:
-    """Compile with numba: outside Python's lock, sums in any order."""
-    function = inspect.unwrap(function)  # a type checker around it, as in tests, would hide the code from numba
-    options = {"nogil": True, "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to keep machine code in: compile in each process
-        return numba.njit(**options)(function)
+    """Compile with numba: sums in any order."""
+    fast = {"nsz", "arcp", "contract", "afn", "reassoc"}
+    return jit.compiled(function, fastmath=fast, error_model="numpy")
 
 
 def vector(kind: ir.Type, n: int = LANES) -> ir.VectorType:
@@ -58,7 +55,8 @@ def has_dots(kind: str) -> bool:
 
     Of "bfloat16" or bytes, "int8", by an instruction of their own; of "float32" in vectors of 512 bits.
     """
-    own = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None and numba.config.ENABLE_AVX
+    config = numba.config
+    own = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX and not config.DISABLE_JIT
     has = llvmlite.binding.get_host_cpu_features().get if own else {}.get
     if kind == "float32":
         return bool(has("avx512f"))

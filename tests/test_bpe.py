@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -356,19 +354,3 @@ def test_the_real_llama3_ranks(data_dir, tmp_path):
     tok.to_hf(tmp_path / "tokenizer.json")
     peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [peer.encode(t).ids for t in texts] == tok.encode_batch(texts)
-
-
-# --- the compiler ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_folder_that_cannot_be_written_costs_time_only():
-    """A read-only installation, and no home: numba finds no place for machine code."""
-    code = (
-        "import numba.core.caching as c\n"
-        "c.CacheImpl._locator_classes = []\n"
-        "from llama_edu.tokenizer.scanner import split\n"
-        "print(split('two words'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['two', ' words']"

@@ -54,8 +54,9 @@ def test_import_is_light():
 
 
 FLOORS = {
-    "config": 0, "errors": 0, "plotting": 0, "_version": 0, "_lazy": 0, "native": 0, "tokenizer": 1, "model": 2,
-    "data": 2, "training": 3, "generation": 3, "scaling": 3, "parallel": 4, "exercises": 5, "cli": 6, "train": 6,
+    "config": 0, "errors": 0, "plotting": 0, "_version": 0, "_lazy": 0, "jit": 0, "native": 0, "tokenizer": 1,
+    "model": 2, "data": 2, "training": 3, "generation": 3, "scaling": 3, "parallel": 4,
+    "exercises": 5, "cli": 6, "train": 6,
 }  # fmt: skip
 
 

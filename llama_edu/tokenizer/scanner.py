@@ -6,16 +6,15 @@ __all__ = ['LLAMA3_PATTERN', 'class_table', 'to_bytes', 'split']
 # %% ../../notebooks/10_bpe.ipynb #016a28a2
 __doc__ = "Pre-tokenisation: the split pattern of Llama 3 as a compiled scanner over UTF-8 bytes."
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
-import numba
 import numpy as np
 import regex
 from jaxtyping import UInt8
 
+from .. import jit
 from ..errors import UserError
 
 LLAMA3_PATTERN = (
@@ -32,12 +31,8 @@ OTHER, LETTER, NUMBER, SPACE, NEWLINE = range(5)
 
 
 def compiled(function: Callable) -> Callable:
-    """Compile a kernel with numba: it runs outside Python's lock, and may not make arrays."""
-    function = inspect.unwrap(function)  # a type checker around it, as in tests, would hide the code from numba
-    try:
-        return numba.njit(cache=True, nogil=True, _nrt=False)(function)
-    except RuntimeError:  # no folder to keep machine code in: compile in each process
-        return numba.njit(nogil=True, _nrt=False)(function)
+    """Compile a kernel, which may not make arrays."""
+    return jit.compiled(function, _nrt=False)
 
 # %% ../../notebooks/10_bpe.ipynb #db43648c
 @cache

@@ -48,7 +48,11 @@ def _kernel(device: str, dtype: torch.dtype) -> Callable | None:
     """`_softmax_minus_target` of a whole chunk as one kernel, where there is one."""
     if device != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return None
-    from llama_edu.training.loss_kernels import softmax_minus_target  # numba is not imported for others
+    import numba  # not for others
+
+    if numba.config.DISABLE_JIT:
+        return None
+    from llama_edu.training.loss_kernels import softmax_minus_target
 
     return softmax_minus_target
 
