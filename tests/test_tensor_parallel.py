@@ -64,6 +64,19 @@ def test_sums_and_gradients_are_those_of_one_process(n):
     assert all(error < 1e-12 for rank in run_ranks(_losses, n, cases) for error in rank)
 
 
+def _losses_of_no_word(words):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, weight, targets = data(1.0)
+    part, rows = (t.detach().chunk(mesh.size(), axis)[mesh.get_local_rank()] for t, axis in ((x, 1), (weight, 0)))
+    for word in words:
+        with pytest.raises(IndexError, match=f"there are scores for {WORDS} tokens"):
+            parallel_cross_entropy(part, targets.index_fill(1, torch.tensor([2]), word), mesh, weight=rows)
+
+
+def test_targets_of_no_word_are_refused():
+    run_ranks(_losses_of_no_word, 2, [WORDS, -1])
+
+
 class _Watch(TorchDispatchMode):
     """Elements of the largest floating-point tensor that an operation made, and the number of products."""
 

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..data.tokens import IGNORE
+from ..training.loss import need_known
 from .compat import split_mesh
 
 # %% auto #0
@@ -141,6 +142,8 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_x = torch.empty_like(x) if wants_x and weight is not None else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         total, penalty = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
+        if targets.device.type == "cpu":  # elsewhere a look would wait for the device
+            need_known(targets, columns * mesh.size())  # a token that no rank has would score 0
         for first in range(0, len(targets), chunk_size):
             rows = slice(first, first + chunk_size)
             here, counts = targets[rows] - mesh.get_local_rank() * columns, targets[rows] != IGNORE
