@@ -321,7 +321,7 @@ def test_memory_of_tiles_does_not_grow_with_the_context():
     def extra(function, seq):
         inputs = [x.requires_grad_() for x in heads(1, 4, 2, seq, 32, torch.float32)]
         gc.collect()
-        with profile(profile_memory=True) as record:
+        with profile(profile_memory=True, acc_events=True) as record:
             function(*inputs).sum().backward()
         held = peak = 0
         for event in record.profiler.kineto_results.events():
