@@ -282,6 +282,18 @@ model = model.to(device)
 decoder = FastDecoder(model, engine="compiled")
 for prompt in ([1, 2, 3], [7]):
     assert decoder.generate([prompt], max_new_tokens=12) == generate(model, [prompt], max_new_tokens=12)
+torch._dynamo.config.recompile_limit = 1  # that of all decoders together is eight
+prompts = [[1, 2, 3], [7], [4, 5]]
+expected = generate(model, prompts, max_new_tokens=12)
+decoder = FastDecoder(model, engine="compiled", batch_size=3)
+assert decoder.generate(prompts, max_new_tokens=12) == expected
+decoder.prefill(prompts)
+for slots in ([0, 1, 2], [2, 0], [1]):
+    logits = decoder.step([9] * len(slots), slots)
+    for row, slot in zip(logits, slots):
+        prompts[slot] = [*prompts[slot], 9]
+        plain = model(torch.tensor([prompts[slot]], device=device))[0, -1]
+        torch.testing.assert_close(row, plain, rtol=1e-4, atol=1e-4)
 if device == "cuda":
     half = FastDecoder(quantize(model.to(torch.bfloat16), "fp8"), max_seq_len=32)
     assert len(half.generate([[1, 2, 3]], max_new_tokens=8)[0]) == 8

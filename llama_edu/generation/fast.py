@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from types import FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -152,9 +153,21 @@ class _Compiled:
     def __init__(self, decoder: FastDecoder) -> None:
         self.decoder = decoder
         self.width = decoder.batch_size
-        # "reduce-overhead" records the kernels of a step once, and replays them with a single launch.
-        mode = "reduce-overhead" if decoder.device.type == "cuda" else None
-        self.graph = torch.compile(self._graph, fullgraph=True, dynamic=False, mode=mode)
+        self.graphs: dict[int, Callable] = {}
+
+    def _compiled(self, width: int) -> Callable:
+        """The graph of a step of so many tokens.
+
+        PyTorch counts what it compiled for each code object, those of other decoders as well, and refuses the ninth
+        time: each graph has a copy of its own.
+        """
+        if width not in self.graphs:
+            graph = type(self)._graph
+            graph = FunctionType(graph.__code__.replace(), graph.__globals__)
+            # "reduce-overhead" records the kernels of a step once, and replays them with a single launch.
+            mode = "reduce-overhead" if self.decoder.device.type == "cuda" else None
+            self.graphs[width] = torch.compile(MethodType(graph, self), fullgraph=True, dynamic=False, mode=mode)
+        return self.graphs[width]
 
     def _graph(
         self, tokens: Int[Tensor, " batch"], slots: Int[Tensor, " batch"], positions: Int[Tensor, " batch"]
@@ -190,13 +203,16 @@ class _Compiled:
         if len(set(slots)) < len(slots):  # several tokens of one sequence: one after the other
             steps = zip(tokens, slots, positions)
             return torch.cat([self([t], [s], [p]).clone() for t, s, p in steps])
-        arguments = (torch.tensor(values, device=self.decoder.device) for values in (tokens, slots, positions))
-        logits, self._ids, self._finite = self.graph(*arguments)
-        return logits
+        n = len(tokens)
+        width = min(1 << (n - 1).bit_length(), self.width)  # few graphs; the first token fills up, and writes the same
+        arguments = ([*values, *values[:1] * (width - n)] for values in (tokens, slots, positions))
+        arguments = (torch.tensor(values, device=self.decoder.device) for values in arguments)
+        logits, self._ids, self._finite = self._compiled(width)(*arguments)
+        return logits[:n]
 
     def likeliest(self, n: int) -> tuple[list[int], bool]:
         """The arg-max of each of the last step's rows, and whether all are finite."""
-        return self._ids.tolist(), bool(self._finite)
+        return self._ids[:n].tolist(), bool(self._finite)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
