@@ -103,6 +103,30 @@ def test_a_checkpoint_goes_on_under_another_division(config, undivided, before, 
     assert_same(result, undivided)
 
 
+def _sequences_at_a_time(plan, config):
+    """Of forward passes in training, and of those in evaluation."""
+    seen = {True: set(), False: set()}
+
+    def see(module, args):
+        if isinstance(module, torch.nn.RMSNorm | torch.nn.Embedding) or hasattr(module, "attention_norm"):
+            seen[module.training].add(len(args[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    val_loss = train(config, model=start(config), engine=ParallelEngine(plan)).val_loss
+    hook.remove()
+    return seen[True], seen[False], val_loss
+
+
+@pytest.mark.parametrize("plan", [P(dp=2), P(pp=2), P(dp=2, pp=2)], ids=["dp", "pp", "dp-pp"])
+def test_an_evaluation_reads_as_many_sequences_at_a_time_as_training(config, plan, tmp_path):
+    """Three batches: two ranks have one for both in the end."""
+    config = replace(config, steps=1, warmup=0, checkpoint_every=0, eval_batches=3)
+    for trained, evaluated, val_loss in run_ranks(_sequences_at_a_time, plan.world_size, plan, config, timeout=120):
+        assert max(evaluated) == max(trained) == 8 // plan.dp // (2 if plan.pp > 1 else 1)
+    one = run_ranks(_sequences_at_a_time, 1, P(), replace(config, out_dir=str(tmp_path / "one")), timeout=120)
+    assert abs(val_loss - one[0][2]) < 1e-11
+
+
 @pytest.mark.slow
 def test_shared_heads_are_in_a_checkpoint_once(config, tmp_path):
     model = LlamaConfig(**{**MODEL.to_dict(), "n_kv_heads": 2})

@@ -177,6 +177,12 @@ class ParallelPlan:
                 f"schedule is zero-bubble, which needs torch 2.13, and this is {torch.__version__}: install torch "
                 "2.13, or take the schedule interleaved"
             )
+        if self.reshard_after_forward:
+            raise UserError(
+                "reshard is always and schedule is zero-bubble, which needs a layer's parameters once more after its "
+                "backward pass, when FSDP has freed them: gradients would be lost. Take reshard auto or never, or the "
+                "schedule interleaved"
+            )
         if recompute != "none" and not compile:
             raise UserError(
                 f"recompute is {recompute} and schedule is zero-bubble, which comes back to a layer for each of its "

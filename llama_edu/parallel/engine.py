@@ -246,32 +246,40 @@ class ParallelEngine(Engine):
         autocast: bool,
         progress: bool,
     ) -> float:
-        """Each dp-th batch goes to a dp rank; losses are added in the order of the batches, as one process does."""
-        dp, at = self.plan.dp, self.rank // (self.world_size // self.plan.dp)
+        """Each dp-th batch goes to a dp rank; losses are added in the order of the batches, as one process does.
+
+        A rank reads as many sequences at a time as in training, whose memory is what there is.
+        """
+        plan, ranks_of_one = self.plan, self.world_size // self.plan.dp
+        dp, at = plan.dp, self.rank // ranks_of_one
         size = config.batch_size // config.accumulate
-        batches = list(self._turns(sequential_batches(token_file, size, config.seq_len, max_batches=max_batches), dp))
+        rows = max(1, size // (dp * (plan.n_micro_batches if plan.pp > 1 else 1)))
+        batches = sequential_batches(token_file, size, config.seq_len, max_batches=max_batches)
         was_training = model.training
         model.eval()
-        losses, counts, dtype = [], 0, torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        for turn in batches:
+        losses, turns, counts = [], [], 0
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        for turn in self._turns(batches, dp):
+            turns.append(len(turn))
             batch = Batch(*(t.to(self._device) for t in turn[min(at, len(turn) - 1)]))
             counts += sum(int((b.targets != IGNORE).sum()) for b in turn)
-            tokens, targets, kwargs = self._part(
-                batch.tokens, batch.targets, batch.document_ids if config.document_mask else None
-            )
-            with self._without_output(model, config) as output:
-                x, seen = model(tokens, **kwargs), []
-                if x is not None:
-                    self._loss(x, targets, output=output, scale=1.0, config=config, seen=seen)
-            loss = self._sum_of_parts(seen[0] if seen else torch.zeros((), device=tokens.device, dtype=dtype))
-            losses.append(loss.item())
+            loss = torch.zeros((), device=self._device, dtype=dtype)
+            for part in map(Batch, *(t.split(rows) for t in batch)):
+                tokens, targets, kwargs = self._part(
+                    part.tokens, part.targets, part.document_ids if config.document_mask else None
+                )
+                with self._without_output(model, config) as output:
+                    x, seen = model(tokens, **kwargs), []
+                    if x is not None:
+                        self._loss(x, targets, output=output, scale=1.0, config=config, seen=seen)
+                loss += sum(seen)
+            losses.append(self._sum_of_parts(loss).item())
         model.train(was_training)
         everybody = self.gather(losses)
-        ranks = [r * (self.world_size // dp) for r in range(dp)]
         total = 0.0
-        for i, turn in enumerate(batches):
-            for r in range(len(turn)):
-                total += everybody[ranks[r]][i]
+        for i, n in enumerate(turns):
+            for r in range(n):
+                total += everybody[r * ranks_of_one][i]
         return total / counts
 
     @staticmethod
