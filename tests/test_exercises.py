@@ -43,6 +43,7 @@ def imports(notebook: nbformat.NotebookNode) -> str:
     """The import lines of a lesson: what its solutions may use."""
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     lines = re.findall(r"^(?:from [\w.]+ import (?:\([^)]*\)|.+)|import .+)$", code, re.M)
+    lines.sort(key=lambda line: "__future__" not in line)  # a file must begin with it; a cell of a lesson need not
     return "\n".join(line for line in lines if "exercises" not in line)
 
 
