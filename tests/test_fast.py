@@ -1,7 +1,9 @@
 """The fast decoder: both engines give what the plain `generate` gives."""
 
+import copy
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -264,6 +266,127 @@ def test_a_nan_that_appears_while_decoding_is_found():
     decoder.truncate(0)
     decoder.step([3])
     assert decoder._run.likeliest(1)[1] is True
+
+
+def test_one_text_at_a_time():
+    m = model()
+    decoder = FastDecoder(m)
+    first, second = (decoder.generate([p], max_new_tokens=6, stream=True) for p in ([1, 2, 3], [9, 8]))
+    assert next(first)[1] == generate(m, [[1, 2, 3]], max_new_tokens=1)[0][0]
+    assert [token for _, token in second] == generate(m, [[9, 8]], max_new_tokens=6)[0]
+    with pytest.raises(RuntimeError, match="begun another text in between: make a decoder for each"):
+        next(first)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_python_threads_that_share_a_decoder_get_their_text_or_a_sentence(threads):
+    m = model()
+    decoder, prompts = FastDecoder(m, threads=threads), [[1, 2, 3], [9, 8], [5]]
+    expected = [generate(m, [p], max_new_tokens=12)[0] for p in prompts]
+    outcomes = [[], [], []]
+
+    def write(i):
+        for _ in range(60):
+            try:
+                outcomes[i].append(decoder.generate([prompts[i]], max_new_tokens=12)[0])
+            except RuntimeError as error:
+                outcomes[i].append(str(error))
+
+    callers = [threading.Thread(target=write, args=(i,)) for i in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for outcome, text in zip(outcomes, expected):
+        assert len(outcome) == 60 and all(x == text or "begun another text" in x for x in outcome)
+
+
+def test_a_decoder_is_not_copied():
+    decoder = FastDecoder(model())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="make another one instead of a copy"):
+            copied(decoder)
+
+
+def test_a_thread_that_the_system_refuses_leaves_nobody_waiting(monkeypatch):
+    m, start, started = model(), threading.Thread.start, []
+    decoder = FastDecoder(m, threads=3)
+
+    def second_fails(thread):
+        started.append(thread)
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", second_fails)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        decoder.generate([[1, 2]], max_new_tokens=3)
+    started[0].join(timeout=60)
+    assert not started[0].is_alive()
+    monkeypatch.undo()
+    assert decoder.generate([[1, 2]], max_new_tokens=3) == generate(m, [[1, 2]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_later_changes_of_the_model_do_not_reach_the_decoder(tied):
+    m = model(tie_embeddings=tied)
+    decoder = FastDecoder(m)
+    before = decoder.prefill([[1, 2, 3]]).clone()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(-3)
+    assert torch.equal(decoder.prefill([[1, 2, 3]]), before)
+
+
+REFUSED = {
+    "no prompts": ([], "0 prompts"),
+    "more prompts than slots": ([[1], [2], [3]], "3 prompts of up to 1 tokens: .* room for 2"),
+    "a long prompt": ([[1] * 21], "1 prompts of up to 21 tokens: .* of 20"),
+    "an empty prompt": ([[1, 2], []], "prompt 1 is empty"),
+    "a negative id": ([[1], [-1]], "prompt 1 holds the id -1"),
+    "an id beyond the vocabulary": ([[101]], "prompt 0 holds the id 101"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "words"), REFUSED.values(), ids=REFUSED)
+def test_prompts_that_cannot_be_read_leave_the_decoder_as_it_was(prompts, words):
+    decoder = FastDecoder(model(), batch_size=2, max_seq_len=20)
+    decoder.prefill([[1, 2], [3]])
+    with pytest.raises(ValueError, match=words):
+        decoder.prefill(prompts)
+    assert decoder.lengths.tolist() == [2, 1]
+
+
+def test_steps_of_nothing_and_of_no_numbers():
+    decoder = FastDecoder(model())
+    decoder.prefill([[1, 2]])
+    assert decoder.step([]).shape == decoder.extend([]).shape == (0, 101)
+    for wrong in ([1.7], torch.tensor([1.0]), torch.tensor([[1]])):
+        with pytest.raises(TypeError):
+            decoder.step(wrong)
+    with pytest.raises(ValueError, match="slot 5; the decoder has 1"):
+        decoder.truncate(0, slot=5)
+    with pytest.raises(UserError, match="threads is -1"):
+        FastDecoder(model(), threads=-1)
+    assert fast_generate(model(), [], max_new_tokens=100) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_another_matter(dtype):
+    m = model()
+    expected, before = generate(m, [[1, 2, 3]], max_new_tokens=5), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        assert fast_generate(m, [[1, 2, 3]], max_new_tokens=5) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_weights_of_a_quantised_model_are_what_they_are():
+    small = quantize(model(), "int8")
+    assert FastDecoder(small, weights="int8").weights.blocks["o"].kind == "int8"
+    with pytest.raises(UserError, match="weights is 'int4', and the model is quantised to int8"):
+        FastDecoder(small, weights="int4")
 
 
 COMPILED = """

@@ -336,7 +336,7 @@ def test_compiled_layers_give_the_same():
         "import sys; sys.path.insert(0, 'tests'); from dataclasses import replace; import test_parallel_parity as t\n"
         "for plan, config in t.COMPILED:\n"
         "    print(*t.differences((plan, replace(config, compile=True)), dtype=t.EXACT))\n"
-        "print(*(t.run_ranks(t.kept, 2, how)[0] for how in ('none', 'selective', 'full')))"
+        "print(*(t.run_ranks(t.kept, 2, how, timeout=300)[0] for how in ('none', 'selective', 'full')))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     root = Path(__file__).resolve().parent.parent

@@ -7,6 +7,8 @@ from scipy.stats import chi2
 
 from llama_edu import LlamaConfig, Transformer, generate
 from llama_edu.errors import UserError
+from llama_edu.generation import NonFiniteLogits
+from llama_edu.generation.fast import FastDecoder
 from llama_edu.generation.speculative import (
     PromptLookup,
     accept_or_resample,
@@ -125,3 +127,55 @@ def test_what_cannot_work_is_refused_with_a_sentence():
         speculate(model(), model(vocab=32), [1], max_new_tokens=2)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         speculate(model(), model(), [], max_new_tokens=2)
+
+
+def damaged(m: Transformer) -> Transformer:
+    with torch.no_grad():
+        m.layers["1"].feed_forward.w2.weight[3, 3] = torch.nan
+    return m
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_damaged_draft_changes_nothing_and_a_damaged_target_is_named(temperature):
+    good, options = model(), {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
+    alone = speculate(good, PromptLookup(longest=0), [1, 2, 3], **options)
+    with_draft = speculate(good, damaged(model(1)), [1, 2, 3], **options)
+    assert with_draft.ids == alone.ids and with_draft.proposed == 0
+    with pytest.raises(NonFiniteLogits, match="target's logits are not finite after 3 ids"):
+        speculate(damaged(model()), PromptLookup(), [1, 2, 3], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "min_p": 5.0}, "min_p"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "seed": -1}, "seed"),
+        ({"top_k": 3}, "top_k"),
+    ],
+)
+def test_options_that_generate_refuses_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        speculate(model(), PromptLookup(), [1, 2, 3], max_new_tokens=4, **options)
+
+
+def test_without_a_seed_torch_decides():
+    m, texts = model(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(speculate(m, PromptLookup(), [1, 2, 3], max_new_tokens=20, temperature=1.0).ids)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_model_without_room_and_one_decoder_for_both_are_refused():
+    m, short = model(), model(1, max_seq_len=12)
+    assert len(speculate(m, short, [1, 2, 3], max_new_tokens=10).ids) == 10
+    with pytest.raises(UserError, match="new tokens are 14; the draft has room for 13"):
+        speculate(m, short, [1, 2, 3], max_new_tokens=11)
+    with pytest.raises(UserError, match="new tokens are 11; the target has room for 9"):
+        speculate(FastDecoder(m, max_seq_len=8), PromptLookup(), [1, 2, 3], max_new_tokens=8)
+    decoder = FastDecoder(m)
+    with pytest.raises(UserError, match="one decoder, which holds one text"):
+        speculate(decoder, decoder, [1, 2, 3], max_new_tokens=4)

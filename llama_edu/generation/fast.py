@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from types import FunctionType, MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +68,12 @@ class FusedWeights:
         own = {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(model.tok_embeddings.weight.dtype)
         if own is None:
             raise UserError(f"weights are {model.tok_embeddings.weight.dtype}: convert them to float32 or bfloat16")
+        kept = {m.packed.kind for m in model.modules() if isinstance(m, QuantizedLinear)}
+        if kind and kept - {kind}:
+            raise UserError(
+                f"weights is {kind!r}, and the model is quantised to {', '.join(sorted(kept))}: leave weights away, or "
+                "give the model as it was before"
+            )
         self.cfg, self.kind = model.cfg, kind or own
 
         def packed(linear: nn.Module, kind: str = self.kind) -> Packed:
@@ -89,7 +98,7 @@ class FusedWeights:
         output = packed(model.output, "int8" if self.kind == "int4" else self.kind)
         self.output = replace(output, values=_streamed(output.values).copy_(output.values))
         shared = model.cfg.tie_embeddings and self.output.kind == own and model.cfg.dim % 32 == 0
-        self.embedding = self.output.values if shared else model.tok_embeddings.weight.detach()
+        self.embedding = self.output.values if shared else model.tok_embeddings.weight.detach().clone()
         norms = [norm.weight for m in layers for norm in (m.attention_norm, m.ffn_norm)] + [model.norm.weight]
         self.norms = torch.stack(norms).detach().float()
         self.cos, self.sin = model.rope_cos, model.rope_sin
@@ -231,7 +240,7 @@ class _Kernels:
         self.width = width
         group, padded = cfg.n_heads // cfg.n_kv_heads, lambda n: n + -n % 32
         longest = padded(max(cfg.dim, cfg.n_heads * cfg.head_dim, cfg.ffn_dim))
-        zeros = lambda *shape: _streamed(torch.empty(shape)).zero_().numpy()
+        zeros = lambda *shape: _streamed(torch.empty((), dtype=torch.float32, device="cpu"), *shape).zero_().numpy()
         whole = lambda *shape: np.zeros(shape, np.int64)
         blocks = [array for name in ("qkv", "o", "13", "2") for array in _arrays(w.blocks[name])]
         table = [t[:room].float().contiguous().numpy() for t in (w.cos, w.sin)]
@@ -299,9 +308,9 @@ class FastDecoder:
     """Decoding at the speed of memory, for a batch of up to `batch_size` sequences.
 
     The weights are copied into the order in which they are read, so the model may be dropped. Sums are float32,
-    whatever the weights are; keys and values are float32 beside float32 weights, else bfloat16. Where the processor has
-    a dot product of such numbers, the kernels' products read activations in bfloat16 beside weights in bfloat16, and in
-    bytes, with a scale for each 32, beside int8 and int4.
+    whatever the weights are; keys and values are float32 for a float32 model without `weights`, else bfloat16. Where
+    the processor has a dot product of such numbers, the kernels' products read activations in bfloat16 beside weights
+    in bfloat16, and in bytes, with a scale for each 32, beside int8 and int4.
 
     Args:
         model: plain, or from `quantize`.
@@ -311,6 +320,9 @@ class FastDecoder:
         engine: "kernels" (CPU: one call of machine code a token), "compiled" (`torch.compile`, with CUDA graphs on a
             GPU), None for the one that belongs to the device.
         threads: of the kernels; None is torch's number.
+
+    It writes one text after another, or one batch: where threads share a decoder, or streams of it take turns, whoever
+    began first gets a RuntimeError. It cannot be copied or pickled.
 
     Example:
         >>> decoder = FastDecoder(model, weights="int8")
@@ -334,6 +346,8 @@ class FastDecoder:
                 f"a decoder for {batch_size} sequences of {room} tokens: at least one of both, and at most the model's "
                 f"context of {cfg.max_seq_len}"
             )
+        if threads is not None and threads < 1:
+            raise UserError(f"threads is {threads}; at least one must compute")
         self.cfg, self.weights = cfg, FusedWeights(model, weights)
         self.device = self.weights.norms.device
         self.engine = _engine(engine, self.device, self.weights)
@@ -343,10 +357,14 @@ class FastDecoder:
         token = torch.empty((), dtype=dtype, device=self.device)
         self.keys, self.values = _streamed(token, *shape).zero_(), _streamed(token, *shape).zero_()
         self.lengths = np.zeros(batch_size, np.int64)  # tokens held by each slot
+        self._lock, self._texts = threading.RLock(), 0  # how often `prefill` has begun
         if self.engine == "kernels":
             self._run = _Kernels(self, max(batch_size, 8), threads or torch.get_num_threads())
         else:
             self._run = _Compiled(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a FastDecoder holds threads and memory that they share: make another one instead of a copy")
 
     @property
     def batch_size(self) -> int:
@@ -363,11 +381,26 @@ class FastDecoder:
         """Forget everything, read these prompts into slots 0, 1, ..., and give the logits after each one's last token.
 
         Ordinary matrix products: many tokens share each weight, so arithmetic is what costs here.
+
+        Raises:
+            ValueError: prompts that the model cannot continue, or more or longer ones than there is room for. Nothing
+                is forgotten then.
         """
+        check_prompts(self.cfg, prompts, 0)
+        n, longest = len(prompts), max(map(len, prompts), default=0)
+        if not 1 <= n <= self.batch_size or longest > self.max_seq_len:
+            raise ValueError(
+                f"{n} prompts of up to {longest} tokens: this decoder has room for {self.batch_size} of "
+                f"{self.max_seq_len}, and needs one"
+            )
+        with self._lock:
+            self._texts += 1
+            return self._prefill(prompts, longest)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], longest: int) -> Float[Tensor, "batch vocab"]:
         w, cfg, n = self.weights, self.cfg, len(prompts)
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        longest = int(lengths.max())
-        ids = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device)
+        ids = torch.tensor([[*p, *p[:1] * (longest - len(p))] for p in map(list, prompts)], device=self.device)
         dtype = torch.float32 if w.kind == "float32" else _wide_products(self.device)
         norm = lambda x, i: F.rms_norm(x, (cfg.dim,), w.norms[i].to(dtype), cfg.norm_eps)
         product = lambda x, matrix: F.linear(x, matrix.dense().to(dtype))
@@ -409,11 +442,18 @@ class FastDecoder:
         Raises:
             ValueError: an id or a slot that there is not, a full slot, or more tokens than a step takes. Nothing is
                 read then.
+            TypeError: an id or a slot is not a whole number.
         """
-        tokens = torch.as_tensor(tokens).tolist()
-        slots = list(range(len(tokens))) if slots is None else list(slots)
+        tokens = [operator.index(token) for token in (tokens.tolist() if isinstance(tokens, Tensor) else tokens)]
+        slots = list(range(len(tokens))) if slots is None else [operator.index(slot) for slot in slots]
         if len(slots) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens for {len(slots)} slots")
+        if not tokens:
+            return torch.empty((0, self.cfg.vocab_size), device=self.device)
+        with self._lock:
+            return self._step(tokens, slots)
+
+    def _step(self, tokens: list[int], slots: list[int]) -> Float[Tensor, "batch vocab"]:
         lengths, positions = self.lengths.copy(), []
         for token, slot in zip(tokens, slots):  # the kernels take addresses, and look at none of this
             if not 0 <= token < self.cfg.vocab_size:
@@ -434,11 +474,13 @@ class FastDecoder:
         for start in range(0, len(tokens), self._run.width):
             part = tokens[start : start + self._run.width]
             parts.append(self.step(part, [slot] * len(part)).clone())
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else self.step([])
 
     def truncate(self, length: int, slot: int = 0) -> None:
         """Forget the end of a sequence: keep its first `length` tokens."""
-        if not 0 <= length <= self.lengths[slot]:
+        if not 0 <= slot < self.batch_size:
+            raise ValueError(f"slot {slot}; the decoder has {self.batch_size}, from 0")
+        if not 0 <= operator.index(length) <= self.lengths[slot]:
             raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens and cannot be cut to {length}")
         self.lengths[slot] = length
 
@@ -455,7 +497,7 @@ class FastDecoder:
         seed: int | None = None,
         stream: bool = False,
     ) -> list[list[int]] | Iterator[tuple[int, int]]:
-        """`llama_edu.generate` with this decoder: the same options, the same draws, the same errors."""
+        """`llama_edu.generate` with this decoder: for these options the same ids, the same draws, the same errors."""
         choose = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         check_prompts(self.cfg, prompts, max_new_tokens)
         needed = max(map(len, prompts), default=0) + max_new_tokens
@@ -481,7 +523,8 @@ class FastDecoder:
     ) -> Iterator[tuple[int, int]]:
         if max_new_tokens == 0:
             return
-        logits, rows = self.prefill(prompts), list(range(len(prompts)))
+        with self._lock:
+            logits, rows, text = self.prefill(prompts), list(range(len(prompts))), self._texts
         likeliest, finite = None, bool(torch.isfinite(logits).all())
         ids = [list(prompt) for prompt in prompts]
         for step in range(max_new_tokens):
@@ -499,8 +542,13 @@ class FastDecoder:
             if not going or step == max_new_tokens - 1:
                 return
             rows = [rows[i] for i in going]
-            logits = self.step([new[i] for i in going], rows)
-            likeliest, finite = self._run.likeliest(len(going))
+            with self._lock:
+                if self._texts != text:
+                    raise RuntimeError("this decoder has begun another text in between: make a decoder for each")
+                logits = self.step([new[i] for i in going], rows)
+                likeliest, finite = self._run.likeliest(len(going))
+                if choose.temperature > 0 or not finite:
+                    logits = logits.clone()  # its memory may be another thread's soon
 
 # %% ../../notebooks/52_fast_decoding.ipynb #2f085b67
 def fast_generate(
@@ -522,6 +570,8 @@ def fast_generate(
         >>> fast_generate(model, [[1, 2, 3]], max_new_tokens=100, weights="int8")
     """
     check_prompts(model.cfg, prompts, max_new_tokens)
+    if not prompts:
+        max_new_tokens = 0
     room = max(map(len, prompts), default=1) + max_new_tokens
     decoder = FastDecoder(model, weights=weights, engine=engine, batch_size=max(1, len(prompts)), max_seq_len=room)
     return decoder.generate(prompts, max_new_tokens=max_new_tokens, **options)

@@ -611,11 +611,16 @@ class Team:
         self.process = None
 
     def _start(self) -> None:
-        self.process, self.sync = os.getpid(), np.zeros(_N_SYNC, np.int64)
-        for me in range(1, self.threads):
-            arguments = (me, self.sync, self.network, self.state)
-            threading.Thread(target=work, args=arguments, daemon=True, name="decode").start()
-        weakref.finalize(self, _dismiss, self.sync)  # the helpers hold the arrays, not the team
+        sync = np.zeros(_N_SYNC, np.int64)
+        weakref.finalize(self, _dismiss, sync)  # the helpers hold the arrays, not the team
+        try:
+            for me in range(1, self.threads):
+                arguments = (me, sync, self.network, self.state)
+                threading.Thread(target=work, args=arguments, daemon=True, name="decode").start()
+        except RuntimeError:  # the system gives no more threads: those that wait would wait for ever
+            _dismiss(sync)
+            raise
+        self.process, self.sync = os.getpid(), sync
 
     def step(self) -> None:
         """Compute what `state` asks for."""

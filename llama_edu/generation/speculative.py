@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import UserError
 from ..model.transformer import Transformer
 from .cache import KVCache
-from .decode import check_prompts
+from .decode import NonFiniteLogits, check_prompts
 from .fast import FastDecoder
-from .sampling import keep_min_p, keep_top_k, keep_top_p
+from .sampling import Sampler, keep_min_p, keep_top_k, keep_top_p
 
 # Tokens, and the distribution that each was drawn from; None where there was no chance in it.
 _Guess = tuple[list[int], list[Tensor | None]]
@@ -114,6 +114,8 @@ class _DraftModel:
         logits = self.reader.read(ids[same:], last=True)[-1]
         self.known, tokens, distributions = list(ids), [], []
         for i in range(count):
+            if not torch.isfinite(logits).all():
+                break  # no guess: the target goes on alone
             q = choose.distribution(logits)
             token = int(q.argmax()) if choose.temperature == 0 else _pick(q, random.random())
             tokens.append(token)
@@ -214,7 +216,10 @@ def speculate(
         temperature, top_k, top_p, min_p, stop_ids, seed: as in `generate`, applied to target and draft alike.
 
     Raises:
-        UserError: the vocabularies differ, or `ahead` is less than 1.
+        UserError: the vocabularies differ, a model has no room for the text, both are one decoder, or `ahead` is less
+            than 1.
+        ValueError: an option means nothing, as in `generate`.
+        NonFiniteLogits: the target gave NaN or infinity. Where the draft does, nothing is guessed.
     """
     if ahead < 1:
         raise UserError(f"ahead is {ahead}; at least one token must be guessed for each pass")
@@ -224,7 +229,18 @@ def speculate(
             "vocabulary"
         )
     check_prompts(target.cfg, [prompt], max_new_tokens)
+    if draft is target and isinstance(target, FastDecoder):
+        raise UserError("target and draft are one decoder, which holds one text: make a decoder for each")
     room = len(prompt) + max_new_tokens
+    for name, model in (("target", target), ("draft", draft)):
+        if not isinstance(model, PromptLookup):
+            most = model.max_seq_len if isinstance(model, FastDecoder) else model.cfg.max_seq_len
+            if room > most + 1:  # the last id is not read
+                raise UserError(
+                    f"prompt and new tokens are {room}; the {name} has room for {most + 1}: ask for fewer, or take "
+                    "another"
+                )
+    seed = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed).seed
     choose, random = _Options(temperature, top_k, top_p, min_p), np.random.default_rng(seed)
     proposer = draft if isinstance(draft, PromptLookup) else _DraftModel(draft, room + ahead)
     reader, ids, result = _Reader(target, room + ahead), list(prompt), Speculation()
@@ -235,6 +251,10 @@ def speculate(
         tokens, sources = proposer.propose(ids, count, choose, random) if count else ([], [])
         logits = reader.read([ids[-1], *tokens])
         result.passes += 1
+        if not torch.isfinite(logits).all():
+            error = NonFiniteLogits(f"the target's logits are not finite after {len(ids)} ids")
+            error.ids = [result.ids]
+            raise error
         new = []
         for i, (token, q) in enumerate(zip(tokens, sources)):
             p = choose.distribution(logits[i])
