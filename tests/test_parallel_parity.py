@@ -6,6 +6,7 @@ and so moves a weight with a gradient of nearly nothing by up to lr = 1e-2, in a
 bfloat16 keeps 8 bits, each number is off by up to 0.4 %, and a dozen products follow each other: 4 % of the norm.
 """
 
+import itertools
 import math
 import os
 import subprocess
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from llama_edu import LlamaConfig, Transformer
 from llama_edu.data import Batch
+from llama_edu.errors import UserError
 from llama_edu.parallel import ParallelEngine, ParallelPlan, RankError, build_mesh, parallelize, run_ranks
 from llama_edu.parallel.compat import quiet_gathers, splits_backward
 from llama_edu.training import TrainConfig, make_optimizer
@@ -300,6 +302,20 @@ def test_bfloat16_beside_float32_sums(world_size):
             error = sum((g - true_gradients[name]).square().sum() for name, g in gradients.items()).sqrt()
             assert error < 0.04 * true_norm
             assert all(t.dtype == torch.float32 for t in [*gradients.values(), *weights.values()])
+
+
+def _misused():
+    two = {name: ParallelPlan(**{name: 2}) for name in ("dp", "pp", "cp", "tp")}
+    for made, asked in itertools.permutations(two, 2):
+        with pytest.raises(UserError, match="make the mesh by build_mesh"):
+            parallelize(Transformer(MODEL), build_mesh(two[made]), two[asked])
+    model = parallelize(Transformer(MODEL), build_mesh(two["cp"]), two["cp"])
+    with pytest.raises(ValueError, match="give its positions as well"):
+        model(batch().tokens)
+
+
+def test_a_mesh_of_another_plan_and_missing_positions_are_refused():
+    run_ranks(_misused, 2)
 
 
 COMPILED = [

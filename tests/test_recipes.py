@@ -115,5 +115,7 @@ def test_utilisation():
     per_token = cfg.train_flops(1, seq_len=64, convention="exact")
     assert mfu(cfg, 100, seq_len=64, peak=200 * per_token) == pytest.approx(0.5)
     assert published_peak("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert published_peak("Voodoo 2") is None
+    assert published_peak("NVIDIA A100-SXM4-80GB") == published_peak("NVIDIA A100 80GB PCIe") == 312e12
+    for other in ("Voodoo 2", "NVIDIA RTX A1000", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"):
+        assert published_peak(other) is None
     assert measured_peak("cpu", torch.float32, size=64, repeats=2) > 0

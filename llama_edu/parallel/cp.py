@@ -93,7 +93,9 @@ def apply_cp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     visible: list[Tensor | None] = [None]
 
     def before_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        documents, positions = kwargs.pop("document_ids", None), kwargs["positions"]
+        documents, positions = kwargs.pop("document_ids", None), kwargs.get("positions")
+        if positions is None:
+            raise ValueError("a rank has a part of each sequence: give its positions as well, from chunk_positions")
         visible[0] = None
         if documents is not None:
             everybody = gather_chunks(documents, mesh, 1)

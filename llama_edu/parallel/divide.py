@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from llama_edu.errors import UserError
 from llama_edu.parallel.compat import arrived
 from llama_edu.parallel.cp import apply_cp
 from llama_edu.parallel.dims import ParallelPlan
@@ -44,8 +45,16 @@ def parallelize(
         The model itself; with pp > 1 a `Pipeline`.
 
     Raises:
-        UserError: the model cannot be divided so, or PyTorch cannot run the schedule.
+        UserError: the model cannot be divided so, the mesh is another plan's, or PyTorch cannot run the schedule.
     """
+    names = mesh.mesh_dim_names or ()
+    found = {axis: mesh.size(names.index(axis)) if axis in names else 1 for axis in ("pp", "cp", "tp")}
+    wanted = {axis: getattr(plan, axis) for axis in found}
+    if found != wanted or mesh.size() != plan.world_size:
+        raise UserError(
+            f"the mesh has {mesh.size()} ranks, {found}, and the plan {plan.world_size}, {wanted}: make the mesh by "
+            "build_mesh(plan)"
+        )
     plan.check_model(model.cfg)
     check_mode(recompute)
     plan.check_schedule(recompute, compile=compile)

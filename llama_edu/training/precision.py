@@ -77,7 +77,8 @@ def bf16_products(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Modu
 
     Names, parameters and the state dict stay as they are; call the model without autocast. The scores come out in
     float32, as always. The layers may be compiled (`layer.compile()`), the whole model may not: it looks before each
-    forward pass whether weights were changed or loaded.
+    forward pass whether weights were changed or loaded. It cannot see changes of `weight.data`, which PyTorch does not
+    count: change weights in place under `torch.no_grad()`.
 
     Args:
         model: a `Transformer` with float32 weights. It is changed, and returned.

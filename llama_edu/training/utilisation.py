@@ -6,6 +6,7 @@ __all__ = ['PUBLISHED_PEAKS', 'has_bf16', 'measured_peak', 'keep_freed_memory', 
 # %% ../../notebooks/31_training.ipynb #dd80419c
 __doc__ = "How much of the hardware's peak a run uses: the peak, published or measured, and MFU."
 
+import re
 import time
 
 import torch
@@ -74,7 +75,11 @@ def published_peak(device_name: str) -> float | None:
     Args:
         device_name: as `torch.cuda.get_device_name()` gives it.
     """
-    return next((peak for name, peak in PUBLISHED_PEAKS.items() if name in device_name), None)
+    words = re.findall(r"\w+", device_name)
+    name = next((word for word in words if word in PUBLISHED_PEAKS), None)
+    if name in ("H100", "H200") and {"PCIe", "NVL"} & set(words):
+        return None  # cards for a slot have less power, and are slower
+    return PUBLISHED_PEAKS.get(name)
 
 
 def mfu(cfg: LlamaConfig, tokens_per_second: float, *, seq_len: int, peak: float) -> float:
