@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 
@@ -199,3 +200,36 @@ def test_planted_mistakes_are_named(topic):
         named.setdefault(check.name, set()).add(diagnosis)
     for name in exercises(topic):
         assert len(named.get(name, ())) >= 2, f"{topic}: fewer than two mistakes of {name} are told apart"
+
+
+def _plain_quotas(weights, n):
+    """Largest remainders without a guard against rounding."""
+    counts = [int(w * n) for w in weights]
+    order = sorted(range(len(weights)), key=lambda i: counts[i] - weights[i] * n)
+    return [c + (i in order[: n - sum(counts)]) for i, c in enumerate(counts)]
+
+
+def _split(kind):
+    def split_decay(shapes):
+        two = {name: len(shape) > 1 for name, shape in shapes.items()}
+        return tuple(kind(name for name, decays in two.items() if decays is wanted) for wanted in (True, False))
+
+    return split_decay
+
+
+RIGHT = [
+    ("data", "quotas", _plain_quotas),
+    *(("training", "split_decay", _split(kind)) for kind in (tuple, set, dict.fromkeys)),
+]
+
+
+@pytest.mark.parametrize("topic, name, attempt", RIGHT, ids=[f"{n}-{i}" for i, (_, n, _) in enumerate(RIGHT)])
+def test_a_right_answer_is_right_in_any_form(topic, name, attempt):
+    assert exercises(topic)[name].diagnose(attempt) is None
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, torch.tensor])
+def test_a_token_may_be_any_whole_number(kind):
+    accept = exercises("fast_decoding")["accept"]
+    solve = solution(accept)
+    assert accept.diagnose(lambda *args: kind(solve(*args))) is None

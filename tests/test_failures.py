@@ -124,3 +124,54 @@ def test_spares_needed_is_the_poisson_quantile():
 
     for mtti, share, repair, risk in ((11_000, 0.77, 86_400, 0.01), (3000, 0.5, 7200, 0.05), (1e6, 0.1, 3600, 0.01)):
         assert spares_needed(mtti, share, repair, risk=risk) == poisson.ppf(1 - risk, share * repair / mtti)
+
+
+@given(st.floats(1e-3, 1e5), st.floats(1e-30, 0.9))
+@settings(max_examples=100, deadline=None)
+def test_no_fewer_spares_would_do(mean, risk):
+    from scipy.stats import poisson
+
+    spares = spares_needed(1.0, 1.0, mean, risk=risk)
+    assert poisson.sf(spares, mean) <= risk * (1 + 1e-6)
+    assert spares == 0 or poisson.sf(spares - 1, mean) > risk * (1 - 1e-6)
+
+
+def test_many_spares_and_small_risks_take_no_time():
+    assert spares_needed(mean_time_to_interruption(100_000), HARDWARE, 30 * 86_400) > 1000
+    assert spares_needed(11_000, HARDWARE, 86_400, risk=1e-17) > spares_needed(11_000, HARDWARE, 86_400, risk=1e-15)
+    assert spares_needed(11_000, 0.0, 86_400) == 0
+
+
+RUN = {"work": 1e5, "mtti": 1000, "interval": 300, "write": 5, "restart": 60}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"restart": math.nan}, "restart is nan; .* 0 or more"),
+        ({"write": -100}, "write is -100; .* 0 or more"),
+        ({"detect": math.inf}, "detect is inf; .* finite"),
+        ({"work": math.inf}, "work is inf; .* finite"),
+        ({"interval": math.nan}, "interval is nan"),
+        ({"hardware": 5}, "hardware is 5; it is a share"),
+        ({"hardware": 0.5, "spares": -3}, "spares is -3; .* whole number"),
+        ({"mtti": 10, "restart": 600}, "no progress.* mtti 10 s, detect .* 600 s"),
+        ({"mtti": 10, "interval": 1000}, "no progress.* 1005 s"),
+        ({"background": 1e9}, "no progress"),
+        ({"mtti": 1, "restart": 600, "hardware": 0.8, "spares": 10**5}, "no progress"),
+    ],
+)
+def test_a_run_that_cannot_be_or_never_ends_is_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        simulate(**{**RUN, **change})
+
+
+def test_formulas_check_their_arguments_and_have_limits():
+    assert effective_time(600, 10, 1000, 1.0) == 0.0 == effective_time(1e6, 10, 0, 1.0)
+    assert effective_time(600, 10, 0, 1e15) == pytest.approx(600 / 610)
+    for arguments in ((600, -700, 10, 1000), (600, 10, -1, 1000), (600, 10, math.nan, 1000), (600, 10, 10, math.inf)):
+        with pytest.raises(UserError, match="finite number of seconds"):
+            effective_time(*arguments)
+    for bad in ({"risk": 0}, {"risk": 1}, {"risk": math.nan}, {"hardware": 2}, {"repair": math.inf}):
+        with pytest.raises(UserError, match=f"{next(iter(bad))} is "):
+            spares_needed(**{"mtti": 1e4, "hardware": 0.5, "repair": 86_400, **bad})

@@ -372,6 +372,43 @@ def test_search_keeps_to_what_is_given_and_says_why_others_fail():
         search_plans(LARGE, gpus=16, seq_len=8192, batch_tokens=10_000)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"zero": (2, 7)}, "zero is 7; the stages are"),
+        ({"micro_batches": (1, 0)}, "micro_batch is 0; it must be"),
+        ({"seq_len": 0}, "seq_len is 0; it must be"),
+        ({"batch_tokens": -8192}, "batch_tokens -8,192 is not a whole number of sequences"),
+        ({"batch_tokens": 0}, "batch_tokens 0 is not a whole number of sequences"),
+        ({"gpus": 0}, "gpus is 0; it must be"),
+        ({"tp": 0}, "tp is 0; it must be"),
+        ({"cp": -8}, "cp is -8; it must be"),
+        ({"virtual_stages": 0}, "virtual_stages is 0; it must be"),
+        ({"precision": "fp8", "gpu": "a100"}, "no 8-bit products"),
+        ({"kernel_efficiency": 1.5}, "share of the peak"),
+    ],
+)
+def test_a_search_refuses_what_no_plan_could_have(change, words):
+    with pytest.raises(UserError, match=words):
+        search_plans(SMALL, **{"gpus": 8, "seq_len": 64, "batch_tokens": 2**10, **change})
+
+
+def test_a_search_refuses_unknown_words():
+    """In a process of its own: here, the tests' check of types would speak first."""
+    code = f"""
+from llama_edu import LlamaConfig
+from llama_edu.parallel.planner import search_plans
+for change in ({{"recompute": ("full", "foo")}}, {{"precision": "foo"}}):
+    try:
+        search_plans({SMALL!r}, gpus=8, seq_len=64, batch_tokens=2**10, **change)
+    except ValueError as error:
+        assert f"{{next(iter(change))}} is 'foo'; it must be" in str(error), error
+    else:
+        raise SystemExit(f"{{change}} was planned")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_non_powers_of_two_are_planned_too():
     size = {"seq_len": 4096, "batch_tokens": 4096 * 120 * 4, "micro_batches": (1,), "zero": (2,)}
     found = search_plans(LlamaConfig.preset("llama-2-13b"), gpus=120, gpu="a100", **size)

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,6 +249,7 @@ def test_budgets_without_a_minimum_are_refused_with_the_reason():
     refuse("two budgets with a minimum inside, here are 1", fit_isoflops, *(v[small & few] for v in (c, n, d, loss)))
     refuse("factor above 1", fit_isoflops, c, n, d, loss, window=0.5)
     refuse("window holds", fit_isoflops, c, n, d, loss, window=1.01)
+    refuse("factor above 1", fit_isoflops, c, n, d, loss, window=np.nan)
     hill = [c, n, d, 6 - loss]
     refuse("lowest loss is at the", fit_isoflops, *hill)
 
@@ -271,6 +275,47 @@ def test_laws_that_the_runs_do_not_show_are_refused():
         fit_parametric(n, d, loss, bootstrap=5).interval(95)
 
 
+@pytest.mark.parametrize(
+    "function, option, value",
+    [
+        *((fit_isoflops, "tolerance", value) for value in (-1, np.nan, np.inf)),
+        *((fit_parametric, "huber_delta", value) for value in (0, -1e-3, np.nan, np.inf, 1e-200, 1e200)),
+        *((f, "bootstrap", value) for f in (fit_parametric, fit_downstream) for value in (-5, 1)),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(function, option, value):
+    columns = (FLOPS, _LINE, exam(_LINE)) if function is fit_downstream else surface()[function is fit_parametric :]
+    refuse(re.escape(f"{option} is {value}; it must"), function, *columns, **{option: value})
+
+
+def test_options_of_another_kind_are_refused_by_name():
+    """In a process of its own: here, the tests' check of types would speak first."""
+    code = """
+from llama_edu.scaling import fit_isoflops, fit_parametric
+for fit, columns, option, value in (
+    (fit_isoflops, 4, "centring", "Lowest"), (fit_isoflops, 4, "centring", None), (fit_parametric, 3, "bootstrap", 2.5)
+):
+    try:
+        fit(*[[1.0, 2.0]] * columns, **{option: value})
+    except ValueError as error:
+        assert f"{option} is {value!r}; it must be" in str(error), error
+    else:
+        raise SystemExit(f"{option}={value!r} was fitted")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e6])
+def test_the_ends_of_huber_delta_can_be_fitted(delta):
+    fit = fit_parametric(*surface(noise=0.01)[1:], huber_delta=delta)
+    assert np.isfinite(fit.objective) and fit.alpha == pytest.approx(TRUTH["alpha"], abs=0.05)
+
+
+def test_tolerance_0_keeps_all_budgets_apart():
+    c, n, d, loss = surface()
+    assert len(fit_isoflops(c, n, d, loss, tolerance=0).optima) == 3
+
+
 def test_weak_spots_are_noted():
     _, n, d, loss = surface()
     assert fit_parametric(n, d, loss).notes == ()
@@ -286,6 +331,7 @@ def test_empty_columns_are_columns():
 # --- two steps ------------------------------------------------------------------------------------------------------
 
 FLOPS = np.geomspace(1e19, 1e22, 10)
+_LINE = 1.6 - 0.09 * np.log(FLOPS / 1e19)
 
 
 def exam(nll):
@@ -334,3 +380,17 @@ def test_two_steps_refuse_what_they_cannot_use():
     refuse("does not rise", fit_downstream, FLOPS, nll, 1 - exam(nll))
     refuse("too few", fit_downstream, FLOPS[:2], nll[:2], exam(nll[:2]))
     refuse("must be equal", fit_downstream, FLOPS, nll, exam(nll)[1:])
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(None, None, -1)], ids=["forward", "reversed"])
+@pytest.mark.parametrize("accuracy", [[0.5] * 6, [0.5, 0.6, 0.4, 0.6, 0.4, 0.5]], ids=["constant", "ties"])
+def test_an_accuracy_without_a_rise_is_refused_in_any_order(accuracy, rows):
+    flops, nll = np.array([1e18, 3e18, 1e19, 3e19, 1e20, 1e21]), np.array([1.4, 1.3, 1.15, 1.05, 0.9, 0.7])
+    columns = [np.array(column)[rows] for column in (flops, nll, accuracy)]
+    refuse("no rise|does not rise", fit_downstream, *columns, floor=0.25, bootstrap=20)
+
+
+@pytest.mark.parametrize("ends", [(-0.1, 1), (0.5, 0.5), (0.9, 0.3), (0.25, 1.2), (np.nan, 1), (None, 0), (1, None)])
+def test_ends_of_the_accuracy_are_checked(ends):
+    floor, ceiling = ends
+    refuse("floor is .* and ceiling", fit_downstream, FLOPS, _LINE, exam(_LINE), floor=floor, ceiling=ceiling)

@@ -110,7 +110,8 @@ def check_part_of_rank(attempt) -> str | None:
 def check_quotas(attempt) -> str | None:
     cases = [
         ([0.5, 0.3, 0.2], 10, [5, 3, 2]),
-        ([0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02], 64, [43, 10, 3, 3, 3, 1, 1]),
+        # Remainders are equal only where weights are: a tie between others would hang on the rounding of floats.
+        ([0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02], 66, [44, 10, 3, 3, 3, 2, 1]),
         ([0.25, 0.25, 0.25, 0.25], 6, [2, 2, 1, 1]),
         ([0.94, 0.03, 0.03], 10, [10, 0, 0]),
         ([1.0], 7, [7]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -138,7 +140,7 @@ def check_accept(attempt) -> str | None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     first = attempt(p.clone(), q.clone(), 0, 0.5, 0.5)
-    if not isinstance(first, (int, Tensor)):
+    if not isinstance(first, (Integral, Tensor)):  # NumPy's whole numbers, too
         return f"Return the token's number; you returned {type(first).__name__}."
     got = _induced(attempt, p, q)
     near = lambda d: bool((got - d).abs().max() < 0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from llama_edu.exercises import exercise
@@ -14,6 +16,14 @@ SIZES = np.array([1.1e7, 2.0e7, 4.3e7, 9.0e7, 1.5e8, 3.2e8])
 def _close(a: object, b: object, tolerance: float = 1e-6) -> bool:
     a, b = np.asarray(a, float), np.asarray(b, float)
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=tolerance, atol=0))
+
+
+def _ignored(first: dict, second: dict, right: Callable[[dict], bool]) -> str | None:
+    """Which argument an attempt that is right for `first` does not use: they get the values of `second` in turn."""
+    for name, value in second.items():
+        if not right(first | {name: value}):
+            return f"Right for one value of `{name}`, wrong for another: the argument `{name}` seems to be ignored."
+    return None if right(second) else "Right for one set of arguments, wrong for another: do not write in constants."
 
 
 @exercise(lesson="32_scaling_laws", level=1, minutes=5)
@@ -59,9 +69,13 @@ def check_compute_optimal(attempt) -> str | None:
         return "Return two numbers: parameters, then tokens."
     n, d = (float(v) for v in found)
     ratio = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
-    right = ratio * (flops / 6) ** (beta / (alpha + beta))
+    right = _split(A, B, alpha, beta, flops)[0]
     if _close((n, d), (right, flops / 6 / right)):
-        return None
+        return _ignored(
+            {"A": A, "B": B, "alpha": alpha, "beta": beta, "flops": flops},
+            {"A": 150.0, "B": 900.0, "alpha": 0.45, "beta": 0.25, "flops": 3e19},
+            lambda given: _close([float(v) for v in attempt(*given.values())], _split(**given)),
+        )
     if _close((d, n), (right, flops / 6 / right)):
         return "The two numbers are in the wrong order: parameters first, then tokens."
     if _close(n * d, flops):
@@ -86,6 +100,11 @@ def check_compute_optimal(attempt) -> str | None:
     return f"For A = {A:g}, B = {B:g}, alpha = {alpha}, beta = {beta}, C = {flops:.0e}, N is {right:.4g}, not {n:.4g}."
 
 
+def _split(A: float, B: float, alpha: float, beta: float, flops: float) -> tuple[float, float]:
+    n = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))
+    return n, flops / 6 / n
+
+
 @exercise(lesson="32_scaling_laws", level=2, minutes=10)
 def check_huber_objective(attempt) -> str | None:
     constants = (406.4, 410.7, 1.69, 0.34, 0.28)
@@ -97,15 +116,23 @@ def check_huber_objective(attempt) -> str | None:
     if np.ndim(found) != 0:
         return f"One number is expected, the sum over the runs; you returned an array of shape {np.shape(found)}."
 
-    def huber(residual: np.ndarray) -> np.ndarray:
+    def huber(residual: np.ndarray, delta: float = delta) -> np.ndarray:
         size = np.abs(residual)
         return np.where(size <= delta, size**2 / 2, delta * (size - delta / 2))
+
+    def agrees(given: dict) -> bool:
+        A, B, E, alpha, beta, n, d, measured, delta = given.values()
+        total = huber(np.log((E + A / n**alpha + B / d**beta) / measured), delta).sum()
+        return _close(attempt((A, B, E, alpha, beta), n.copy(), d.copy(), measured.copy(), delta), total)
 
     residual = np.log(predicted / loss)
     size = np.abs(residual)
     right = huber(residual).sum()
     if _close(found, right):
-        return None
+        names = ("A", "B", "E", "alpha", "beta", "params", "tokens", "loss", "delta")
+        other = (300.0, 500.0, 1.9, 0.3, 0.33, SIZES * 1.5, tokens * 2, loss[::-1] * 1.01, 3e-3)
+        first = dict(zip(names, (*constants, SIZES, tokens, loss, delta)))
+        return _ignored(first, dict(zip(names, other)), agrees)
     wrong = {
         "You took the mean. It is so small that an optimiser with ordinary tolerances stops at once: take the sum.": (
             huber(residual).mean()

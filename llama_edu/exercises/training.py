@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -108,11 +109,30 @@ def check_warmup_cosine(attempt) -> str | None:
     if close(35, peak + (final - peak) * 0.25):
         return "The rate falls in a straight line; a cosine is flat at both ends."
     for step in range(warmup, steps + 1):
-        value = final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        value = _rate(step, peak, final, warmup, steps)
         if not close(step, value):
             given = f"peak {peak}, final {final}, warmup {warmup}, steps {steps}"
             return f"With {given}, step {step} has rate {value:.4f}; yours is {rates[step]:.4f}."
-    return None
+    curve = lambda rate, given: torch.tensor([float(rate(s, **given)) for s in range(1, given["steps"] + 1)])
+    return _ignored(
+        {"peak": peak, "final": final, "warmup": warmup, "steps": steps},
+        {"peak": 5.0, "final": 1.0, "warmup": 20, "steps": 60},
+        lambda given: torch.allclose(curve(lambda s, **g: attempt(s, *g.values()), given), curve(_rate, given)),
+    )
+
+
+def _rate(step: int, peak: float, final: float, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return peak * step / warmup
+    return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def _ignored(first: dict, second: dict, right: Callable[[dict], bool]) -> str | None:
+    """Which argument an attempt that is right for `first` does not use: they get the values of `second` in turn."""
+    for name, value in second.items():
+        if not right(first | {name: value}):
+            return f"Right for one value of `{name}`, wrong for another: the argument `{name}` seems to be ignored."
+    return None if right(second) else "Right for one set of arguments, wrong for another: do not write in constants."
 
 
 @exercise(lesson="31_training", level=3, minutes=15)
@@ -120,6 +140,8 @@ def check_adamw(attempt) -> str | None:
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     lr, beta1, beta2, eps, decay, step = 0.1, 0.9, 0.8, 0.05, 0.5, 3
+    first = {"step": step, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+    second = {"step": 7, "lr": 0.02, "beta1": 0.6, "beta2": 0.95, "eps": 0.3, "decay": 0.2}
 
     def adamw(w, g, m, v, *, coupled=False, decays=True, correct=True, inside=False, t=step, square=True, root=True):
         if coupled and decays:
@@ -175,7 +197,19 @@ def check_adamw(attempt) -> str | None:
                 return diagnosis
         name = next(n for n, a, b in zip("wmv", answer, right) if a.shape != b.shape or not torch.allclose(a, b))
         return f"For {kind}, the new {name} is not what the formulas give; compare with `adamw_step` of the lesson."
-    return None
+    tensors = draw(3, 4), draw(3, 4), draw(3, 4), draw(3, 4).square()
+
+    def agrees(given: dict) -> bool:
+        answer = attempt(*(t.clone() for t in tensors), *given.values())
+        return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(answer, _adamw(*tensors, **given)))
+
+    return _ignored(first, second, agrees)
+
+
+def _adamw(w, g, m, v, step, lr, beta1, beta2, eps, decay):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    size = (v / (1 - beta2**step)).sqrt() + eps
+    return w * (1 - lr * decay) - lr * m / (1 - beta1**step) / size, m, v
 
 
 @exercise(lesson="31_training", level=1, minutes=5)
@@ -208,7 +242,7 @@ def check_split_decay(attempt) -> str | None:
     if sorted(decays) != sorted(right):
         missing = sorted(set(right) - set(decays))
         return f"{missing[0]} is a matrix and must decay."
-    if attempt({"a_norm_of_matrices": (2, 2)})[0] != ["a_norm_of_matrices"]:
+    if list(attempt({"a_norm_of_matrices": (2, 2)})[0]) != ["a_norm_of_matrices"]:
         return "You went by names. A matrix decays whatever it is called: count the axes."
     return None
 

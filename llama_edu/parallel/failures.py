@@ -8,6 +8,7 @@ __all__ = ['LLAMA3_DAYS', 'LLAMA3_GPUS', 'LLAMA3_PLANNED', 'LLAMA3_CAUSES', 'HAR
 __doc__ = "Failures at scale: how often, how much to checkpoint, and what asynchronous writing and spare servers buy."
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,17 +90,32 @@ def effective_time(interval: float, write: float, restart: float, mtti: float) -
     Source: Daly 2006, section 3: a segment takes M e^(R/M) (e^((interval + write)/M) - 1) seconds on average.
     """
     _positive(interval=interval, mtti=mtti)
-    return interval / (mtti * math.exp(restart / mtti) * math.expm1((interval + write) / mtti))
+    _not_negative(write=write, restart=restart)
+    segment = (interval + write) / mtti  # e^-segment above and below: what does not fit a float is 0, no overflow
+    return interval / mtti * math.exp(-segment - restart / mtti) / -math.expm1(-segment)
 
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise errors.UserError(f"{name} is {value}; it must be a number of seconds above 0")
+        if not 0 < value < math.inf:
+            raise errors.UserError(f"{name} is {value}; it must be a finite number of seconds above 0")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise errors.UserError(f"{name} is {value}; it must be a finite number of seconds, 0 or more")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise errors.UserError(f"{name} is {value}; it is a share, between 0 and 1")
 
 # %% ../../notebooks/45_cluster.ipynb #3d63fc65
 _broken = sum(c.count for c in LLAMA3_CAUSES if c.kind in ("GPU", "host", "network"))
 HARDWARE = _broken / sum(c.count for c in LLAMA3_CAUSES)  # share of the unexpected interruptions
+_HOPELESS = 100_000  # interruptions in a row without a new checkpoint, after which a simulated run is given up
 
 
 @dataclass(frozen=True)
@@ -161,15 +177,22 @@ def simulate(
         spares: servers beyond those in use. When none is left, the job waits for the next repair.
         repair: time a server is away.
         seed: of the random draws.
+
+    Raises:
+        UserError: an argument is out of its range, or failures come so fast that the run never gets anywhere.
     """
-    _positive(work=work, mtti=mtti, interval=interval)
+    _positive(work=work, mtti=mtti, interval=min(interval, work))
+    _not_negative(write=write, restart=restart, detect=detect, background=background, repair=repair)
+    _share(hardware=hardware)
+    if not (isinstance(spares, int | np.integer) and spares >= 0):
+        raise errors.UserError(f"spares is {spares}; it must be a whole number of servers, 0 or more")
     rng = np.random.default_rng(seed)
     now, failure = 0.0, rng.exponential(mtti)
     done = safe = 0.0  # work behind us, and the part of it that a checkpoint holds
     pending: list[tuple[float, float]] = []  # checkpoints on their way: when they count, what they hold
-    back: list[float] = []  # when each broken server returns
+    back: deque[float] = deque()  # when each broken server returns, in this order
     spent = dict.fromkeys(("writing", "redone", "detecting", "restarting", "waiting"), 0.0)
-    count = 0
+    count = fruitless = 0
 
     def settle() -> None:
         nonlocal safe
@@ -190,18 +213,26 @@ def simulate(
         spent["writing"] += failure - now - trained
         done, now = done + trained, failure
         while True:
-            count += 1
+            count, before = count + 1, safe
             settle()
+            fruitless = 0 if safe > before else fruitless + 1
+            if fruitless >= _HOPELESS:
+                raise errors.UserError(
+                    f"the run makes no progress: after {fruitless:,} interruptions in a row no checkpoint was added. "
+                    f"With mtti {mtti:g} s, detect + restart {detect + restart:g} s and a segment of "
+                    f"{min(interval, work) + write + background:g} s are too long: shorten them, or raise mtti"
+                )
             pending.clear()
             spent["redone"] += done - safe
             done = safe
             failure = now + rng.exponential(mtti)
-            back = [t for t in back if t > now]
+            while back and back[0] <= now:
+                back.popleft()
             wait = 0.0
             if rng.random() < hardware:
                 back.append(now + repair)
                 if len(back) > spares:
-                    wait = sorted(back)[len(back) - spares - 1] - now
+                    wait = back[len(back) - spares - 1] - now
             spent["waiting"] += wait
             now, failure = now + wait, failure + wait  # nothing runs, so nothing breaks
             for name, length in (("detecting", detect), ("restarting", restart)):
@@ -222,13 +253,20 @@ def spares_needed(mtti: float, hardware: float, repair: float, *, risk: float = 
         mtti: mean time to interruption, in seconds.
         hardware: share of the interruptions that send a server to repair.
         repair: seconds that a server is away on average.
+        risk: share of the time, between 0 and 1.
     """
-    _positive(mtti=mtti, repair=repair, risk=risk)
+    from scipy.special import gammainc
+
+    _positive(mtti=mtti, repair=repair)
+    _share(hardware=hardware)
+    if not 0 < risk < 1:
+        raise errors.UserError(f"risk is {risk}; it is a share of the time, above 0 and below 1, such as 0.01")
     mean = hardware * repair / mtti
-    term = total = math.exp(-mean)
-    spares = 0
-    while 1 - total > risk:
-        spares += 1
-        term *= mean / spares
-        total += term
-    return spares
+    enough = lambda spares: gammainc(spares + 1, mean) <= risk  # the chance that more than `spares` are in repair
+    low, high = -1, 0
+    while not enough(high):
+        low, high = high, 2 * high + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

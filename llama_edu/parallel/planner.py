@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -774,13 +775,26 @@ def search_plans(
         tp, cp, pp, dp: keep to these degrees; None tries all, TP up to the eight GPUs of a server.
         micro_batches: sizes of a micro-batch to try, in sequences.
         options: passed to `plan_cluster`, such as `precision` or `virtual_stages`.
+
+    Raises:
+        UserError: an argument that no plan could have; the sentence says which.
     """
     row, plans, refused = find_gpu(gpu), [], []
     given = {"tp": tp, "cp": cp, "pp": pp, "dp": dp}
     virtual, trim = options.pop("virtual_stages", None), options.pop("trim_ends", None)
+    for name, value in {"gpus": gpus, **given, "virtual_stages": virtual}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be a whole number of at least 1")
+    alone = ClusterPlan(cfg=cfg, **dict.fromkeys(AXES, 1), seq_len=seq_len, batch_per_dp=1, gpu=row, **options)
+    for micro, mode, stage in itertools.product(micro_batches, recompute, zero):  # what is wrong on one GPU, too
+        p = replace(alone, batch_per_dp=max(1, micro), micro_batch=micro, recompute=mode, zero=stage)
+        if reason := _refuse(p, 1):
+            raise UserError(reason)
     sequences, over = divmod(batch_tokens, seq_len)
-    if over or not sequences:
-        raise UserError(f"batch_tokens {batch_tokens:,} is not a whole number of sequences of {seq_len:,} tokens")
+    if over or sequences < 1:
+        raise UserError(
+            f"batch_tokens {batch_tokens:,} is not a whole number of sequences of {seq_len:,} tokens, one or more"
+        )
     for degrees in _degrees(gpus, given):
         share = dict(zip(AXES, degrees, strict=True))
         per_dp = max(1, sequences // share["dp"])

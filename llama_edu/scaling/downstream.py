@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from ..errors import UserError
-from .laws import central_range, positive_columns
+from .laws import central_range, check_bootstrap, positive_columns
 from .solver import Model, least_squares, minimise
 
 Law = Literal["linear", "power", "irreducible"]
@@ -166,17 +166,26 @@ def fit_downstream(
         nll: loss of the right answer, in any unit (Llama 3: nats a character).
         accuracy: share of right answers, from 0 to 1.
         floor: accuracy of guessing, such as 0.25 with four choices; None fits it, from 0 up.
-        ceiling: accuracy of a perfect model; None fits it, up to 1.
+        ceiling: accuracy of a perfect model, above the floor; None fits it, up to 1.
         extra_nll: losses of models for the second step alone; for Llama 3 these were the Llama 2 models.
         extra_accuracy: their accuracies.
+        bootstrap: number of random weightings; 0 or at least 2.
         seed: of the weights.
 
     Raises:
-        UserError: unusable entries, too few models for the constants, or an accuracy that does not rise as the loss
-            falls.
+        UserError: unusable entries or options, too few models for the constants, or an accuracy that does not rise
+            as the loss falls.
     """
+    from scipy.stats import rankdata
+
     if law not in get_args(Law):
         raise ValueError(f"law is {law!r}; it must be one of {', '.join(get_args(Law))}")
+    check_bootstrap(bootstrap)
+    if not 0 <= (0.0 if floor is None else floor) < (1.0 if ceiling is None else ceiling) <= 1:
+        raise UserError(
+            f"floor is {floor} and ceiling {ceiling}; accuracies lie between 0 and 1, the floor below the ceiling: "
+            "take floor=0.25 for four choices, ceiling=1, or None to fit either"
+        )
     flops, nll = positive_columns(flops=flops, nll=nll)
     (extra_nll,) = positive_columns(extra_nll=np.asarray(extra_nll, float))
     accuracy, extra_accuracy = np.asarray(accuracy, float), np.asarray(extra_accuracy, float)
@@ -191,7 +200,9 @@ def fit_downstream(
                 f"{len(column)} models with {len(np.unique(column))} different {name} are too few for {constants} "
                 f"constants; more than {constants} models are needed, {constants} of them different"
             )
-    if not np.corrcoef(np.argsort(np.argsort(losses)), np.argsort(np.argsort(rates)))[0, 1] < -0.3:
+    if np.ptp(rates) == 0:
+        raise UserError(f"every accuracy is {rates[0]:g}: there is no rise to learn from; add models that differ")
+    if not np.corrcoef(rankdata(losses), rankdata(rates))[0, 1] < -0.3:  # equal values share a rank
         raise UserError("the accuracy does not rise as the loss of the right answer falls: there is nothing to predict")
 
     weights = np.random.default_rng(seed).dirichlet(np.ones(len(losses)), size=bootstrap) * len(losses)

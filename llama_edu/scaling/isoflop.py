@@ -150,14 +150,21 @@ def fit_isoflops(
         loss: final loss of each run, in any unit.
         window: use only the runs within this factor of the middle of the valley; None uses all.
         centring: the middle is the run with the "lowest" loss, or the "vertex", found by repeating the fit.
+        tolerance: relative, 0 or more.
         seed: of the draws behind the intervals of the laws.
 
     Raises:
-        UserError: an entry is not a finite positive number, or fewer than two budgets have a minimum inside; the
-            sentence gives the reason for each.
+        UserError: an entry is not a finite positive number, an option is out of its range, or fewer than two budgets
+            have a minimum inside; the sentence gives the reason for each.
     """
     flops, params, tokens, loss = positive_columns(flops=flops, params=params, tokens=tokens, loss=loss)
-    if window is not None and window <= 1:
+    if centring not in ("lowest", "vertex"):
+        raise UserError(f"centring is {centring!r}; it must be 'lowest' or 'vertex'")
+    if not 0 <= tolerance < np.inf:
+        raise UserError(
+            f"tolerance is {tolerance}; it must be a finite relative difference, 0 or more, such as 0.1 for 10 %"
+        )
+    if window is not None and not window > 1:
         raise UserError(f"window is {window}; it is a factor above 1, such as 4 for a quarter to four times the middle")
     order = np.lexsort((loss, tokens, params, flops))  # the order of the rows must not change the last digit
     flops, params, tokens, loss = (column[order] for column in (flops, params, tokens, loss))

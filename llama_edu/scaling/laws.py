@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..errors import UserError
 
 # %% auto #0
-__all__ = ['best_split', 'PowerLaw', 'central_range', 'positive_columns']
+__all__ = ['best_split', 'PowerLaw', 'central_range', 'check_bootstrap', 'positive_columns']
 
 # %% ../../notebooks/32_scaling_laws.ipynb #784b0530
 def best_split(A: Any, B: Any, E: Any, alpha: Any, beta: Any) -> dict[str, tuple[Any, Any]]:
@@ -70,6 +70,15 @@ def central_range(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
     if len(samples) == 0:
         raise ValueError("there are no draws to read an interval from: fit with bootstrap=1000")
     return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def check_bootstrap(bootstrap: int) -> None:
+    """Raise UserError unless it is a number of resamples with a spread: one alone has none."""
+    if not (isinstance(bootstrap, int | np.integer) and bootstrap >= 0 and bootstrap != 1):
+        raise UserError(
+            f"bootstrap is {bootstrap!r}; it must be a whole number of resamples: 0 for no intervals, else at least 2, "
+            "better 1000"
+        )
 
 
 def positive_columns(**columns: ArrayLike) -> list[Float[np.ndarray, " points"]]:

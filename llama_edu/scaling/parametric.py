@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from .laws import PowerLaw, best_split, central_range, positive_columns
+from .laws import PowerLaw, best_split, central_range, check_bootstrap, positive_columns
 from .solver import Problem, minimise
 
 
@@ -184,16 +184,20 @@ def fit_parametric(
         params: parameters of each run, in any unit.
         tokens: training tokens of each run, in any unit.
         loss: final loss of each run, in any unit.
-        huber_delta: residuals of log loss beyond this count linearly.
+        huber_delta: residuals of log loss beyond this count linearly; from 1e-12 to 1e6.
         bootstrap: number of resamples of the runs, each fitted again from the full fit; intervals need about 1000.
+            0 or at least 2.
         seed: of the resampling.
         progress: show a bar; None shows it on a terminal only.
 
     Raises:
-        UserError: an entry is not a finite positive number, there are too few different runs, or the loss does not
-            fall with N or with D.
+        UserError: an entry is not a finite positive number, an option is out of its range, there are too few
+            different runs, or the loss does not fall with N or with D.
     """
     columns = positive_columns(params=params, tokens=tokens, loss=loss)
+    check_bootstrap(bootstrap)
+    if not 1e-12 <= huber_delta <= 1e6:  # beyond, the two branches no longer fit into one float
+        raise UserError(f"huber_delta is {huber_delta}; it must lie between 1e-12 and 1e6; the papers take 1e-3")
     _check_spread(*columns)
     order = np.lexsort(columns[::-1])  # the order of the rows must not change the last digit, nor a resample
     x, y, log_loss = (np.log(column[order]) for column in columns)

@@ -43,4 +43,11 @@ MISTAKES = [
     (check_huber_objective, _HUBER + "    return r.sum()", "absolute values"),
     (check_huber_objective, _HUBER + "    r = r / np.log(10)\n"
      "    return np.where(r <= delta, r**2 / 2, delta * (r - delta / 2)).sum()", "base 10"),
+    *((check_compute_optimal, _SPLIT.replace("\n", f"\n    {name} = {value}\n", 1)
+       + "    n = (alpha * A / (beta * B)) ** (1 / s) * (flops / 6) ** (beta / s)\n    return n, flops / 6 / n",
+       f"`{name}` seems to be ignored")
+      for name, value in (("A", 400), ("B", 2000), ("alpha", 0.3), ("beta", 0.4), ("flops", 1e21))),
+    *((check_huber_objective, _HUBER.replace("    p =", f"    {name} = {value}\n    p =")
+       + "    return np.where(r <= delta, r**2 / 2, delta * (r - delta / 2)).sum()", f"`{name}` seems to be ignored")
+      for name, value in (("A", 406.4), ("B", 410.7), ("E", 1.69), ("alpha", 0.34), ("beta", 0.28), ("delta", 1e-2))),
 ]  # fmt: skip

@@ -71,6 +71,22 @@ MISTAKES = [
         _CLIMB + "    return peak + (final - peak) * (step - warmup) / (steps - warmup)",
         "straight line",
     ),
+    *(
+        (
+            check_warmup_cosine,
+            _RATE
+            + f"    {name} = {value}\n"
+            + _CLIMB.removeprefix(_RATE)
+            + "    s = (step - warmup) / (steps - warmup)\n"
+            "    return final + (peak - final) * (1 + math.cos(math.pi * s)) / 2",
+            f"`{name}` seems to be ignored",
+        )
+        for name, value in (("peak", 8), ("final", 2), ("warmup", 10), ("steps", 110))
+    ),
+    *(
+        (check_adamw, _adamw(before=f"    {name} = {value}\n"), f"`{name}` seems to be ignored")
+        for name, value in (("step", 3), ("lr", 0.1), ("beta1", 0.9), ("beta2", 0.8), ("eps", 0.05), ("decay", 0.5))
+    ),
     (check_adamw, _adamw(shrink="1 - lr * decay"), "on the wrong tensors"),
     (check_adamw, _adamw(shrink="1 - lr * decay * (w.ndim < 2)"), "on the wrong tensors"),
     (check_adamw, _adamw(before="    g = g + decay * w\n", shrink="1"), "into the gradient"),
