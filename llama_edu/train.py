@@ -31,6 +31,8 @@ class _Plan(ParallelPlan):
         if self.dp == 0:
             rest = max(1, self.tp * self.pp * self.cp)
             object.__setattr__(self, "dp", max(1, int(os.environ.get("WORLD_SIZE", 1)) // rest))
+        if not 1 <= self.timeout <= 1e8:
+            raise UserError(f"parallel.timeout is {self.timeout}; it must be from 1 to 1e8 seconds, which is 3 years")
         super().__post_init__()
 
 

@@ -80,7 +80,7 @@ def test_a_schedule_that_cannot_run_is_refused(monkeypatch):
         plan.check_schedule(recompute, compile=True)
         with pytest.raises(UserError, match=f"recompute is {recompute} .* take recompute none, compile the layers, or"):
             plan.check_schedule(recompute)
-    with pytest.raises(UserError, match="reshard is always .* gradients would be lost"):
+    with pytest.raises(UserError, match=r"reshard is always .* gradients would be lost"):
         replace(plan, reshard="always").check_schedule()
     monkeypatch.setattr(dims, "splits_backward", lambda: False)
     with pytest.raises(UserError, match=r"needs torch 2\.13, and this is .*: install torch 2\.13, or"):

@@ -121,10 +121,10 @@ def _sequences_at_a_time(plan, config):
 def test_an_evaluation_reads_as_many_sequences_at_a_time_as_training(config, plan, tmp_path):
     """Three batches: two ranks have one for both in the end."""
     config = replace(config, steps=1, warmup=0, checkpoint_every=0, eval_batches=3)
+    one = run_ranks(_sequences_at_a_time, 1, P(), replace(config, out_dir=str(tmp_path / "one")), timeout=120)
     for trained, evaluated, val_loss in run_ranks(_sequences_at_a_time, plan.world_size, plan, config, timeout=120):
         assert max(evaluated) == max(trained) == 8 // plan.dp // (2 if plan.pp > 1 else 1)
-    one = run_ranks(_sequences_at_a_time, 1, P(), replace(config, out_dir=str(tmp_path / "one")), timeout=120)
-    assert abs(val_loss - one[0][2]) < 1e-11
+        assert abs(val_loss - one[0][2]) < 1e-11
 
 
 @pytest.mark.slow

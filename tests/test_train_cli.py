@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from llama_edu.cli.main import run
 from llama_edu.data import TokenFile, write_tokens
 from llama_edu.errors import UserError
 from llama_edu.tokenizer import BPETokenizer
+from llama_edu.train import main as train_on_ranks
 
 TEXT = "".join(
     f"In the year {1000 + i} the river rose {i % 7} feet and {i % 5} mills stood still.\n" for i in range(600)
@@ -107,6 +109,7 @@ def test_mixtures_come_from_a_file(place, tmp_path):
         (["--train-data", "{PLACE/train: 0.7, PLACE/nope: 0.3}", "--out", "OUT"], "PLACE/nope"),
         (["--data", "PLACE/train", "--out", "OUT", "--lr", "1000"], "lower lr (now 1000.0)"),
         (["--data", "PLACE/train", "--out", "OUT", "--device", "gpu"], "device is 'gpu'"),
+        (["--data", "PLACE/train", "--out", "OUT", "--device", "meta"], "device is 'meta', which cannot compute here"),
     ],
 )
 def test_mistakes_are_one_sentence(place, tmp_path, options, words):
@@ -119,6 +122,13 @@ def test_mistakes_are_one_sentence(place, tmp_path, options, words):
     with pytest.raises(UserError) as caught:
         run(["train", *map(put, options), *small])
     assert put(words) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", ["nan", "-1", "0", "1e30"])
+def test_a_timeout_that_is_none_is_one_sentence(capsys, timeout):
+    assert train_on_ranks(["--parallel.timeout", timeout]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"llama-edu: parallel.timeout is \S+; it must be from 1 to 1e8 seconds.*\n", said)
 
 
 def test_tokens_of_another_tokenizer_are_refused(place, tmp_path):

@@ -1,5 +1,6 @@
 """The configuration of a run: one schema for dataclass, file and command line, and a sentence for each mistake."""
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -123,6 +124,14 @@ def one_sentence(caught) -> str:
         ("steps: 3\n", "model is not given, and it has no default"),
         ("model: {dim: 4}\n", "model.n_layers is not given"),
         ("!!python/object/apply:os.getcwd []\n", "cannot be understood"),
+        ("model:\nsteps: 3\n", "model is None; it must be a table of its fields"),
+        ("model: {<<: {dim: 32}, n_layers: 2}\n", "<< merges tables (line 1 and after), which is not read"),
+        (f"lr: 1{'0' * 400}\n", "it must be a number below 1.8e308"),
+        (f"steps: 0x{'f' * 6000}\n", "steps is a number of thousands of digits; it must be a whole number below 2**64"),
+        (f"seed: {2**64}\n", "seed is 18446744073709551616; it must be a whole number below 2**64"),
+        (f"betas: {'[' * 3000}\n", "it is nested too deeply"),
+        ("steps: 4:00\n", "steps is '4:00'; it must be a whole number"),
+        ("train_data: &a {x: *a}\n", "an alias stands inside of what it names"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence(tmp_path, text, words):
@@ -131,6 +140,65 @@ def test_a_mistake_in_a_file_is_one_sentence(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
         load_config(file)
     assert words in one_sentence(caught)
+
+
+@pytest.mark.parametrize(("levels", "words"), [(5, "sample_prompts is [['x'], "), (10, "more than 1,000,000 values")])
+@pytest.mark.parametrize("name", ["sample_prompts", "train_data"])
+def test_aliases_that_stand_for_billions_of_values_cost_nothing(tmp_path, name, levels, words):
+    lists = [f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    (tmp_path / "run.yaml").write_text(
+        "".join(f"{line}\n" for line in (f"{name}:", "- &a0 [x]", *map("- {}".format, lists)))
+    )
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert words.replace("sample_prompts", name) in one_sentence(caught) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("0200", 200), ("1_000", 1000), ("0x10", 16), ("0o10", 8), ("1e3", 1000), ("+5", 5), ("5.", 5), ("'7'", 7)],
+)
+def test_numbers_are_read_as_yaml_1_2_does(run_yaml, written, value):
+    run_yaml.write_text(RUN.replace("steps: 1000", f"steps: {written}\nwarmup: 1"))
+    assert load_config(run_yaml).steps == value
+    run_yaml.write_text(RUN.replace("train_data: tokens", f"train_data: {{books: {written}}}"))
+    assert load_config(run_yaml).train_data["books"] in (value, str(value))  # a quoted one is text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 12.5}, "steps is 12.5; it must be a whole number"),
+        ({"betas": (0.9,)}, "betas is (0.9,); it must be 2 values, each a number"),
+        ({"betas": (0.9, 0.9, 0.9)}, "it must be 2 values"),
+        ({"compile": "no"}, "compile is 'no'; it must be true or false"),
+        ({"device": 3}, "device is 3; it must be text"),
+        ({"sample_prompts": "abc"}, "sample_prompts is 'abc'; it must be a list, each text"),
+        ({"batch_ramp": ((1,),)}, "batch_ramp is ((1,),); it must be a list"),
+        ({"model": {"dim": 64}}, "model is {'dim': 64}; it must be a LlamaConfig"),
+        ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be a whole number below 2**64"),
+    ],
+)
+def test_the_dataclass_takes_no_other_types_than_a_file(run_yaml, changes, words):
+    with pytest.raises(UserError) as caught:
+        _construct(load_config(run_yaml), changes)
+    assert words in one_sentence(caught)
+
+
+def test_the_dataclass_converts_as_a_file_does(run_yaml):
+    config = _construct(load_config(run_yaml), {"steps": "200", "lr": "1e-3", "batch_size": 4.0, "betas": [0, 0.5]})
+    assert (config.steps, config.lr, config.batch_size, config.betas) == (200, 1e-3, 4, (0.0, 0.5))
+    assert [type(value) for value in (config.steps, config.batch_size, config.betas[0])] == [int, int, float]
+
+
+def _construct(config, changes):
+    """`replace`, around the type checker of the test run."""
+    config = copy.copy(config)
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
 
 
 def test_files_that_are_none(tmp_path):
@@ -171,6 +239,8 @@ def test_files_that_are_none(tmp_path):
         ("--betas 0.9", "it must be 2 values"),
         ("--batch-ramp [[1]]", "it must be a list"),
         ("--batch-ramp [[1", "cannot be understood"),
+        (f"--batch-ramp {'[' * 3000}", "...[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[' cannot be understood"),
+        (f"--lr {'1' * 5000}", "11...11111111111111111111111111111111111111'; it must be a number below 1.8e308"),
         ("here", "'here' belongs to no option"),
         ("--config absent.yaml", "there is no configuration file absent.yaml"),
     ],

@@ -1,5 +1,6 @@
 """A run that survives: killed, out of disk, with damaged checkpoints, bad data, and saves behind its back."""
 
+import copy
 import json
 import math
 import os
@@ -17,14 +18,16 @@ from bytes_tokenizer import BytesTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_edu import LlamaConfig
+from llama_edu import LlamaConfig, Transformer
 from llama_edu.data import write_tokens
 from llama_edu.errors import UserError
 from llama_edu.training import TrainConfig, train
 from llama_edu.training import checkpoint as checkpoint_module
-from llama_edu.training.checkpoint import checkpoints
+from llama_edu.training.checkpoint import checkpoints, load_checkpoint
 from llama_edu.training.early import epochs_line, sequences_of
 from llama_edu.training.engine import Engine, agreed
+from llama_edu.training.metrics import Metrics
+from llama_edu.training.optimizer import make_optimizer
 from llama_edu.training.schedule import batch_size_at
 
 MODEL = LlamaConfig(
@@ -252,6 +255,92 @@ def test_a_checkpoint_of_another_format_is_refused(config):
         checkpoint_module.load_checkpoint(folder, torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]))
 
 
+def load(folder, model=MODEL):
+    """Load into fresh weights. Returns whether it changed them, or what was said instead."""
+    fresh = Transformer(model)
+    before = copy.deepcopy(fresh.state_dict())
+    try:
+        load_checkpoint(folder, fresh, make_optimizer(fresh, 1e-3))
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+        return str(error)
+    return not torch.equal(fresh.norm.weight, before["norm.weight"])
+
+
+def flip(folder):
+    file = next((folder / "tensors").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def lose_a_field(folder):
+    """With a manifest that agrees."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["sequence"]
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {
+        "bytes": (folder / "state.json").stat().st_size,
+        "sha256": checkpoint_module._sha256(folder / "state.json"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_is_loaded_whole_or_not_at_all(config):
+    train(replace(config, steps=4))
+    folder = Path(config.out_dir) / "checkpoints" / "step_00000004"
+    assert load(folder) is True
+    for changes, words in (
+        ({"n_layers": 1}, "model.layers.1.attention.wk.weight is not in the model (and 35 more differences)"),
+        ({"n_layers": 3}, "model.layers.2.attention.wq.weight is not in it"),
+        ({"ffn_dim": 64}, "model.layers.0.feed_forward.w1.weight is [32, 16] in it and [64, 16] in the model"),
+    ):
+        assert words in load(folder, replace(MODEL, **changes))
+    assert "is no checkpoint: it has no state.json" in load(folder.with_name("step_00000005"))
+    flip(folder)
+    assert "has changed since it was saved; take another checkpoint" in load(folder)
+    (folder / "state.json").write_text("{")
+    assert "its state.json is damaged" in load(folder)
+
+
+def test_a_checkpoint_without_a_field_is_one_sentence(config):
+    train(replace(config, steps=4))
+    lose_a_field(Path(config.out_dir) / "checkpoints" / "step_00000004")
+    with pytest.raises(UserError, match=r"its state\.json lacks sequence; take another checkpoint"):
+        train(config)
+
+
+def test_a_run_verifies_a_checkpoint_once(config, monkeypatch):
+    with pytest.raises(Crash):
+        train(config, on_step=crash_after(5))
+    seen = []
+    verify = checkpoint_module.verify_checkpoint
+    monkeypatch.setattr(checkpoint_module, "verify_checkpoint", lambda path: seen.append(path.name) or verify(path))
+    assert train(config).resumed_from == 4 and seen == ["step_00000004"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("at", [1, 6, 12])
+def test_a_disk_that_is_full_for_the_metrics_ends_the_run_with_a_checkpoint(config, monkeypatch, at):
+    expected = outcome(train(replace(config, out_dir=config.out_dir + "_peace")))
+    config = replace(config, checkpoint_every=0)
+
+    def fill(self, entry, append=Metrics._append):
+        if entry["step"] == at:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), self.file.fileno())
+        append(self, entry)
+
+    monkeypatch.setattr(Metrics, "_append", fill)
+    with pytest.raises(UserError, match=r"metrics.jsonl could not be written: No space left on device; make room"):
+        train(config)
+    monkeypatch.undo()
+    result = train(config)
+    assert result.resumed_from == at and outcome(result)[0] == expected[0]
+    assert [h["step"] for h in result.history] == [n for n in range(1, 13) if n != at]  # the line that was lost
+
+
 # --- bad data -------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +424,20 @@ def test_the_first_steps_are_looked_at(config, capsys):
 
     train(replace(config, out_dir=str(strange)), prepare=spoil)
     assert "look at the weights and the targets" in capsys.readouterr().err
+
+
+def test_pretrained_weights_are_not_taken_for_fresh_ones(config, capsys):
+    class Pretrained(Engine):
+        weights = "a/folder"
+
+        def build(self, config):
+            model = super().build(config)
+            torch.nn.init.normal_(model.tok_embeddings.weight, std=0.5)
+            return model
+
+    said = []
+    train(config, engine=Pretrained(), inform=said.append)
+    assert not any("fresh weights" in line for line in said) and capsys.readouterr().err == ""
 
 
 def test_repeated_text_is_told(config, corpus):

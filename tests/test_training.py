@@ -237,6 +237,16 @@ def test_evaluation_is_the_mean_over_the_tokens_whatever_the_batch(corpus):
     assert model.training
 
 
+def test_an_evaluation_of_nothing_is_refused_and_one_that_fails_leaves_the_model_training(corpus):
+    model, file = Transformer(MODEL), TokenFile(corpus / "val")
+    with pytest.raises(ValueError, match="max_batches is 0; it must be at least 1"):
+        evaluate(model, file, batch_size=2, seq_len=16, max_batches=0)
+    model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, file, batch_size=2, seq_len=16)
+    assert model.training
+
+
 # --- a run that survives --------------------------------------------------------------------------------------------
 
 
@@ -429,6 +439,31 @@ def test_a_configuration_survives_json(config):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UserError, match="learning_rate is no setting; did you mean lr"):
         TrainConfig.from_dict({**config.to_dict(), "learning_rate": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "words"),
+    [
+        (
+            {},
+            {"model": Transformer(replace(MODEL, n_layers=1, max_seq_len=64))},
+            "n_layers 1 (2 in config.model); max_seq_len 64 (32 in config.model); set config.model to the model's cfg",
+        ),
+        ({"sample_every": 2, "sample_prompts": ("a",)}, {}, "sample_every is 2, but there is no sampler"),
+        ({"device": "meta"}, {}, "device is 'meta', which cannot compute here"),
+    ],
+)
+def test_what_does_not_fit_the_configuration_is_refused_before_anything_is_written(config, changes, given, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        train(replace(config, **changes), **given)
+    assert not Path(config.out_dir).exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_folder_in_place_of_a_file_is_one_sentence(config, name):
+    (Path(config.out_dir) / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{name} could not be written: Is a directory"):
+        train(config)
 
 
 def test_what_does_not_fit_the_data_is_refused(config, tmp_path):

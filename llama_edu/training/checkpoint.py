@@ -3,14 +3,16 @@
 import errno
 import hashlib
 import json
+import operator
 import os
 import platform
 import random
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -256,24 +258,81 @@ def load_checkpoint(
     *,
     device: torch.device | str = "cpu",
     engine: Engine | None = None,
+    verified: bool = False,
+    progress: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Load a checkpoint into model, optimiser and random generators. Returns its state.json: `step` and progress.
 
     A rank that the saving run did not have keeps its random generators.
 
     The checkpoint is one of the user's own: PyTorch's format holds its index as a pickle, so load none from a stranger.
+
+    Args:
+        verified: `verify_checkpoint` has just found it whole, so that not every file is read twice.
+        progress: fields of state.json that must be there.
+
+    Raises:
+        UserError: it is absent, damaged or of another format, or its tensors are not those of model and optimiser, in
+            name or shape. Nothing has been changed then.
     """
     path, engine = Path(path), Engine() if engine is None else engine
-    saved = json.loads((path / "state.json").read_text())
-    if saved.get("format") != _FORMAT:
-        raise UserError(f"{path} is of format {saved.get('format', 1)}; this program reads format {_FORMAT}")
+    with agreed(engine):
+        saved = read_state(path, progress)
+        fault = verify_checkpoint(path) if engine.rank == 0 and not verified else None
+        if fault is not None:
+            raise UserError(f"{path} cannot be loaded: {fault}; take another checkpoint")
     state, rng = engine.state(model, optimizer), _rng_tensors(device)
     known = set(saved["rng"]) if engine.rank < saved["world_size"] else set()
     state["rng"] = {f"{engine.rank}.{name}": tensor for name, tensor in rng.items() if name in known}
+    _refuse_other_tensors(path, state, engine)
     _dcp("load", state, path / "tensors", None)
     engine.load_state(model, optimizer, {name: state[name] for name in ("model", "optimizer")})
     _set_rng_tensors(rng, device)
     return saved
+
+
+def read_state(path: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises UserError where it is not to be read, or lacks a field."""
+    try:
+        saved = json.loads((path / "state.json").read_text())
+        if saved.get("format") != _FORMAT:
+            raise UserError(f"{path} is of format {saved.get('format', 1)}; this program reads format {_FORMAT}")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no checkpoint: it has no state.json; give a folder step_NNNNNNNN") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be loaded: its state.json is damaged ({error}); take another one") from error
+    missing = [name for name in ("step", "rng", "world_size", *needs) if name not in saved]
+    if missing:
+        raise UserError(f"{path} cannot be loaded: its state.json lacks {', '.join(missing)}; take another checkpoint")
+    return saved
+
+
+def _refuse_other_tensors(path: Path, state: dict[str, dict[str, Any]], engine: Engine) -> None:
+    """Raise UserError unless the tensors of a checkpoint are those of `state` on all ranks, by name and shape."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    saved: dict[str, Any] = {}
+    mine = {f"{part}.{name}": t.shape for part, tensors in state.items() for name, t in tensors.items()}
+    with agreed(engine):
+        saved = FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
+        faults = [f"{name} is not in it" for name in mine if name not in saved]
+        faults += [
+            f"{name} is {list(saved[name].size)} in it and {list(shape)} in the model"
+            for name, shape in mine.items()
+            if name in saved and saved[name].size != shape
+        ]
+        _refuse(path, faults)
+    names = sorted(name for name in saved if not name.startswith("rng."))
+    # A stage of a pipeline has a part of the names. A bit each keeps the message short: which ones this rank lacks.
+    lacking = sum(1 << i for i, name in enumerate(names) if name not in mine)
+    nowhere = reduce(operator.and_, engine.gather(lacking))
+    _refuse(path, [f"{name} is not in the model" for i, name in enumerate(names) if nowhere >> i & 1])
+
+
+def _refuse(path: Path, faults: list[str]) -> None:
+    if faults:
+        more = f" (and {len(faults) - 1} more differences)" if len(faults) > 1 else ""
+        raise UserError(f"{path} is of another model: {faults[0]}{more}; its config.json says which")
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from llama_edu.config import LlamaConfig
 from llama_edu.errors import UserError
-from llama_edu.training.schema import Schema, merge, read_layer
+from llama_edu.training.schema import Schema, brief, convert_fields, merge, read_layer
 
 __all__ = ["FREE", "Arguments", "TrainConfig", "load_config", "parse_arguments"]
 
@@ -72,7 +72,7 @@ class TrainConfig:
         wandb: project of Weights & Biases to report to; empty: none.
 
     Raises:
-        UserError: a value is out of range, or two do not fit together.
+        UserError: a value is of the wrong type or out of range, or two do not fit together.
     """
 
     model: LlamaConfig
@@ -118,6 +118,7 @@ class TrainConfig:
     wandb: str = ""
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_batches", "keep_last", "max_skipped"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "seed", "eval_every", "sample_every", "checkpoint_every", "keep_every", "max_rewinds"):
@@ -128,16 +129,6 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
         _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
         _check("betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 up to, not including, 1")
-        _check(
-            "schedule",
-            self.schedule,
-            self.schedule in ("cosine", "linear", "wsd", "constant"),
-            "cosine, linear, wsd or constant",
-        )
-        _check("packing", self.packing, self.packing in ("concat", "best-fit"), "concat or best-fit")
-        precisions = ("auto", "float32", "bf16", "bf16_copies")
-        _check("precision", self.precision, self.precision in precisions, "auto, float32, bf16 or bf16_copies")
-        _check("recompute", self.recompute, self.recompute in ("none", "selective", "full"), "none, selective or full")
         starts = [at for at, _ in self.batch_ramp]
         rising = all(a < b for a, b in zip([0, *starts], starts)) and all(size >= 1 for _, size in self.batch_ramp)
         _check("batch_ramp", self.batch_ramp, rising, "pairs (tokens, batch_size) with rising tokens above 0")
@@ -276,4 +267,4 @@ def _model(values: Mapping[str, Any], prefix: str) -> LlamaConfig:
 
 def _check(name: str, value: Any, good: bool, what: str) -> None:
     if not good:
-        raise UserError(f"{name} is {value!r}; it must be {what}")
+        raise UserError(f"{name} is {brief(value)}; it must be {what}")

@@ -33,9 +33,14 @@ def evaluate(
         autocast: run the matrix products in bfloat16.
         chunk_size: positions whose scores exist at a time; None computes all of a batch at once.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: max_batches is less than 1.
     """
     from tqdm import tqdm
 
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches is {max_batches}; it must be at least 1, or None for all of the text")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -49,13 +54,15 @@ def evaluate(
         leave=False,
         disable=None if progress else True,
     )
-    for batch in bar:
-        tokens, targets, documents = (t.to(device) for t in batch)
-        documents = documents if document_mask else None
-        loss = next_token_loss(model, tokens, targets, documents, autocast=autocast, chunk_size=chunk_size)
-        total += loss.item()
-        count += int((batch.targets != IGNORE).sum())
-    model.train(was_training)
+    try:
+        for batch in bar:
+            tokens, targets, documents = (t.to(device) for t in batch)
+            documents = documents if document_mask else None
+            loss = next_token_loss(model, tokens, targets, documents, autocast=autocast, chunk_size=chunk_size)
+            total += loss.item()
+            count += int((batch.targets != IGNORE).sum())
+    finally:
+        model.train(was_training)
     return total / count
 
 

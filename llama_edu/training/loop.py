@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llama_edu.config import LlamaConfig
 from llama_edu.data.stream import TokenStream
 from llama_edu.data.tokens import IGNORE, Batch, TokenFile
 from llama_edu.errors import UserError
@@ -27,6 +29,7 @@ from llama_edu.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_checkpoint,
+    read_state,
     rng_state,
     set_rng_state,
     write_json,
@@ -43,6 +46,8 @@ from llama_edu.training.schedule import batch_size_at, learning_rate
 from llama_edu.training.utilisation import has_bf16, measured_peak, mfu, published_peak
 
 __all__ = ["TrainResult", "train"]
+
+_PROGRESS = ("tokens", "sequence", "skipped", "skipped_in_a_row", "rewinds")
 
 
 class _Run:
@@ -99,11 +104,12 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Put model, optimiser, generators and position to where a checkpoint has them."""
-        state = load_checkpoint(path, self.model, self.optimizer, device=self.device, engine=self.engine)
+        state = load_checkpoint(
+            path, self.model, self.optimizer, device=self.device, engine=self.engine, verified=True, progress=_PROGRESS
+        )
         self.step = self.saved = state["step"]
-        self.tokens, self.sequence = state["tokens"], state["sequence"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.rewinds = state["rewinds"]
+        for name in _PROGRESS:
+            setattr(self, name, state[name])
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole, if there is one of this run."""
@@ -111,7 +117,7 @@ class _Run:
         if path is None:
             return
         with agreed(self.engine):
-            seen = json.loads((path / "state.json").read_text())["sequence"]
+            seen = read_state(path, _PROGRESS)["sequence"]
             checks.refuse_other(json.loads((path / "config.json").read_text()), self.identity(seen), path)
         self.load(path)
 
@@ -124,13 +130,12 @@ class _Run:
     def save(self, metrics: Metrics, *, background: bool = False) -> None:
         started = time.perf_counter()
         metrics.sync()
-        names = ("tokens", "sequence", "skipped", "skipped_in_a_row", "rewinds")
         self.saver.save(
             self.step,
             self.model,
             self.optimizer,
             config=self.identity(self.sequence),
-            progress={name: getattr(self, name) for name in names},
+            progress={name: getattr(self, name) for name in _PROGRESS},
             good=self.skipped_in_a_row == 0,
             background=background,
         )
@@ -159,7 +164,8 @@ class _Run:
         with agreed(engine):
             boards = open_boards(config, self.step) if engine.rank == 0 else []
         folder = self.out if engine.rank == 0 else None
-        metrics = Metrics(folder, keep=self.step, rewinds=self.rewinds, boards=boards)
+        with agreed(engine):
+            metrics = Metrics(folder, keep=self.step, rewinds=self.rewinds, boards=boards)
         watch = Watch(config, self.inform, self.tell) if self.fresh else None
         self.inform(epochs_line(config, self.stream))
         try:
@@ -167,7 +173,7 @@ class _Run:
                 while self.step < config.steps:
                     started = time.perf_counter()
                     reader.fetch(self.upcoming())
-                    if engine.any(stop.is_set() or reader.failed or self.saver.failed):
+                    if engine.any(stop.is_set() or reader.failed or self.saver.failed or metrics.failed):
                         self.saver.wait()
                         reader.check()
                         break
@@ -191,6 +197,8 @@ class _Run:
                 if self.step > self.saved:
                     self.save(metrics)
                 self.saver.wait()
+                with agreed(engine):
+                    metrics.check()
         finally:
             self.saver.close()
         interrupted = self.step < config.steps
@@ -353,6 +361,35 @@ def _postfix(entry: dict[str, Any]) -> str:
     return f"{text}, MFU {entry['mfu']:.0%}" if "mfu" in entry else text
 
 
+def _fits(config: TrainConfig, model: nn.Module | None, sampler: Sampler | None) -> None:
+    if config.sample_every and sampler is None:
+        raise UserError(f"sample_every is {config.sample_every}, but there is no sampler: give one, or set it to 0")
+    given = getattr(model, "cfg", None)
+    if not isinstance(given, LlamaConfig) or given == config.model:
+        return
+    pairs = ((f.name, getattr(given, f.name), getattr(config.model, f.name)) for f in fields(LlamaConfig))
+    differing = "; ".join(f"{name} {one} ({other} in config.model)" for name, one, other in pairs if one != other)
+    raise UserError(f"the model is not of the shape config.model: {differing}; set config.model to the model's cfg")
+
+
+def _computes(device: torch.device) -> None:
+    try:
+        torch.ones((), device=device).item()
+    except Exception as error:  # torch has a type of its own for each reason
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"device is '{device}', which cannot compute here ({reason}); use 'cpu' or 'auto'") from error
+
+
+def _write_config(config: TrainConfig) -> None:
+    path = Path(config.out_dir) / "config.json"
+    try:
+        write_json(path, config.to_dict())
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror or error}; make room for it, or choose another out_dir"
+        ) from error
+
+
 def train(
     config: TrainConfig,
     *,
@@ -369,7 +406,8 @@ def train(
     in peace (same device, same number of threads). On SIGINT or SIGTERM it saves and returns.
 
     Args:
-        model: weights to start from; None means fresh ones from `config.seed`. A checkpoint replaces them.
+        model: weights to start from, in the shape `config.model`; None means fresh ones from `config.seed`. A
+            checkpoint replaces them.
         engine: how a step is run; None means on one device. Every rank calls `train` with an engine of its own.
         prepare: applied to the whole model before the engine's own preparation.
         on_step: called on every rank after each step with its metrics and the model; an exception ends the run.
@@ -378,14 +416,16 @@ def train(
             a progress bar.
 
     Raises:
-        UserError: the data does not fit the configuration, `out_dir` belongs to another run or is in use, the disk is
-            full, the loss diverges at once, or loss and gradient were not finite `max_skipped` times in a row, again
-            and again.
+        UserError: model, data or sampler do not fit the configuration, `out_dir` belongs to another run or is in use,
+            the disk is full, the loss diverges at once, or loss and gradient were not finite `max_skipped` times in a
+            row, again and again.
     """
     engine = Engine() if engine is None else engine
     with ExitStack() as stack:
         with agreed(engine):
+            _fits(config, model, sampler)
             device = engine.device(config.device)
+            _computes(device)
             stream, val_file = checks.open_data(config)
             for size in {config.batch_size, *(size for _, size in config.batch_ramp)}:
                 engine.share(0, size)
@@ -393,7 +433,7 @@ def train(
                 stack.enter_context(alone(Path(config.out_dir)))
         stack.enter_context(own_randomness(config.seed, device))
         stop = stack.enter_context(stop_on_signal())
-        fresh = model is None
+        fresh = model is None and getattr(engine, "weights", None) is None  # an engine may read pretrained ones
         model = engine.build(config) if model is None else model
         model = engine.prepare(model if prepare is None else prepare(model), config)
         run = _Run(config, engine, model, stream, val_file, sampler, inform)
@@ -401,5 +441,5 @@ def train(
         run.fresh = fresh and run.step == 0
         with agreed(engine):
             if engine.rank == 0:
-                write_json(Path(config.out_dir) / "config.json", config.to_dict())
+                _write_config(config)
         return run.go(stop, on_step)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from llama_edu.errors import UserError
 
 __all__ = ["Metrics", "read_metrics"]
 
@@ -29,6 +32,8 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 class Metrics:
     """`metrics.jsonl`: one line a step, each step once, however often the run was interrupted.
 
+    What the disk refuses in the course of a run is kept until all ranks are told: `failed`, then `check`.
+
     Attributes:
         history: its lines.
     """
@@ -39,17 +44,46 @@ class Metrics:
         Args:
             rewinds: how many there were up to step `keep`; lines that later ones discarded are dropped.
             boards: take each line as well.
+
+        Raises:
+            UserError: the file cannot be read or written.
         """
         self.file, self.boards = None, boards
+        self._error: OSError | None = None
         self.history: list[dict[str, Any]] = []
         if folder is None:
             return
         self.path = folder / "metrics.jsonl"
-        self.history = [line for line in read_metrics(self.path) if line["step"] <= keep]
         self.discarded = self.path.with_name("discarded.jsonl")
+        self._try(lambda: self._open(keep, rewinds))
+        self.check()
+
+    def _open(self, keep: int, rewinds: int) -> None:
+        self.history = [line for line in read_metrics(self.path) if line["step"] <= keep]
         if self.discarded.exists():
             self._discard(rewinds, [])
         self._rewrite()
+
+    def _try(self, write: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                write()
+            except OSError as error:
+                self._error = error
+
+    @property
+    def failed(self) -> bool:
+        """The disk has refused something; `check` raises its sentence."""
+        return self._error is not None
+
+    def check(self) -> None:
+        """Raise what went wrong on the disk."""
+        if self._error is not None:
+            reason = self._error.strerror or self._error
+            raise UserError(
+                f"{self.path} could not be written: {reason}; make room for it, and the same run goes on from its "
+                "newest checkpoint"
+            ) from self._error
 
     def _rewrite(self) -> None:
         """The file as the history is: whole before and after."""
@@ -77,10 +111,13 @@ class Metrics:
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self.history.append(entry)
         if self.file is not None:
-            self.file.write(self._line(entry))
-            self.file.flush()
+            self._try(lambda: self._append(entry))
         for board in self.boards:
             board.write(entry)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self.file.write(self._line(entry))
+        self.file.flush()
 
     def rewind(self, step: int, number: int) -> None:
         """Move the lines after `step` into `discarded.jsonl`, marked with the number of the rewind."""
@@ -88,19 +125,20 @@ class Metrics:
         self.history[:] = [entry for entry in self.history if entry["step"] <= step]
         if self.file is None:
             return
-        self._discard(number - 1, [{**entry, "rewind": number} for entry in gone])
-        self._rewrite()
+        self._try(lambda: self._discard(number - 1, [{**entry, "rewind": number} for entry in gone]))
+        self._try(self._rewrite)
 
     def sync(self) -> None:
-        """Bring all lines to the disk: a checkpoint never knows a step that the metrics do not."""
+        """Bring all lines to the disk: a checkpoint knows no step that the metrics do not, unless the disk fails."""
         if self.file is not None:
-            os.fsync(self.file.fileno())
+            self._try(lambda: os.fsync(self.file.fileno()))
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written is tried once more, and has been told
+                self.file.close()
         for board in self.boards:
             board.close()

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import re
+import reprlib
 import textwrap
 import types
 import typing
@@ -21,9 +22,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from llama_edu.errors import UserError
 
-__all__ = ["Schema", "merge", "read_layer"]
+__all__ = ["Schema", "brief", "convert_fields", "merge", "read_layer"]
 
 _NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+_MOST = 1_000_000  # values in a file, each alias counted as often as it stands there
 # What other programs call our fields.
 _SYNONYMS = {"learning_rate": "lr", "max_steps": "steps", "context_length": "seq_len", "grad_clip": "clip"}
 _SYNONYMS |= {"block_size": "seq_len", "hidden_size": "model.dim", "n_layer": "model.n_layers", "wd": "weight_decay"}
@@ -45,6 +47,7 @@ class Schema:
         self.help: dict[str, str] = {}
         self.defaults: dict[str, Any] = {}
         self.sections = set(sections)
+        self.may_be_none = set(sections)  # such a section then has its defaults
         self.short = dict(short or {})
         for cls in top:
             self._add("", cls)
@@ -58,6 +61,8 @@ class Schema:
             nested = next((h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)), None)
             if nested is not None:
                 self.sections.add(name)
+                if type(None) in get_args(hint):
+                    self.may_be_none.add(name)
                 if hasattr(nested, "preset"):
                     self.hints[f"{name}.preset"] = str
                     self.help[f"{name}.preset"] = f"a published {name} by name; --{name} NAME says the same."
@@ -82,17 +87,14 @@ class Schema:
             name = self.short.get(prefix + str(key), prefix + str(key))
             if name in self.sections and f"{name}.preset" in self.hints and isinstance(value, str):
                 value = {"preset": value}
-            if name in self.sections and value is None:  # an optional part, such as rope_scaling
+            if name in self.may_be_none and value is None:  # an optional part, such as rope_scaling
                 _put(checked, name, None)
             elif name in self.sections:
                 if not isinstance(value, Mapping):
-                    raise UserError(f"{where}{name} is {value!r}; it must be a table of its fields")
+                    raise UserError(f"{where}{name} is {brief(value)}; it must be a table of its fields")
                 self._check(value, where, f"{name}.", checked)
             elif name in self.hints:
-                try:
-                    _put(checked, name, _convert(value, self.hints[name]))
-                except _Wrong as wrong:
-                    raise UserError(f"{where}{name} is {value!r}; it must be {wrong}") from None
+                _put(checked, name, _typed(where + name, value, self.hints[name]))
             else:
                 raise UserError(f"{where}{name} is no setting{self._nearest(name)}")
 
@@ -156,7 +158,7 @@ class Schema:
                 raise UserError(f"--{option} takes one value, and here are {len(values)}: {' '.join(values)}")
             return _convert(_from_text(values[0], hint), hint)
         except _Wrong as wrong:
-            raise UserError(f"--{option} is {' '.join(values)!r}; it must be {wrong}") from None
+            raise UserError(f"--{option} is {brief(' '.join(values))}; it must be {wrong}") from None
 
     def usage(self, prog: str, about: str) -> str:
         """What `--help` prints."""
@@ -187,6 +189,8 @@ def read_layer(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be understood: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be understood: it is nested too deeply; a few levels say all") from None
     if layer is None:
         return {}
     if not isinstance(layer, dict):
@@ -210,6 +214,31 @@ class _Wrong(Exception):
     """A value is not of its type; holds what it must be."""
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 80, 80
+
+
+def brief(value: Any) -> str:
+    """`repr`, shortened: a few lines of YAML can stand for billions of values."""
+    try:
+        return _BRIEF.repr(value)
+    except ValueError:  # Python writes out no number of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def convert_fields(config: Any) -> None:
+    """Convert the fields of a dataclass, frozen or not, to their types, as those from a file. Raises UserError."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _typed(name, getattr(config, name), hint))
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    try:
+        return _convert(value, hint)
+    except _Wrong as wrong:
+        raise UserError(f"{name} is {brief(value)}; it must be {wrong}") from None
+
+
 def _convert(value: Any, hint: Any) -> Any:
     """The value as the type wants it: a whole number is a float, a list a tuple, "1e-3" (YAML's text) a number."""
     origin, options = get_origin(hint), get_args(hint)
@@ -231,13 +260,18 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, hint):
             return value
     elif hint is int or hint is float:
-        if isinstance(value, str) and _NUMBER.match(value):
-            value = float(value) if not re.fullmatch(r"[+-]?[\d_]+", value) else int(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if hint is float:
-                return float(value)
-            if math.isfinite(value) and value == int(value):
-                return int(value)
+        try:
+            if isinstance(value, str) and _NUMBER.match(value):
+                value = float(value) if not re.fullmatch(r"[+-]?[\d_]+", value) else int(value)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if hint is float:
+                    return float(value)
+                if math.isfinite(value) and value == int(value):
+                    if abs(value) >= 2**64:
+                        raise OverflowError
+                    return int(value)
+        except (OverflowError, ValueError):  # ValueError: more digits than Python reads
+            raise _Wrong("a number below 1.8e308" if hint is float else "a whole number below 2**64") from None
     elif hint is Path:
         if isinstance(value, (str, Path)):
             return Path(value)
@@ -271,7 +305,8 @@ def _describe(hint: Any) -> str:
     if origin in (tuple, list):
         return f"a list, each {_describe(options[0])}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    return plain.get(hint, {dict: "a table", Path: "a path"}.get(origin or hint, str(hint)))
+    plain |= {dict: "a table", Path: "a path"}
+    return plain.get(origin or hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
 def _from_text(text: str, hint: Any) -> Any:
@@ -299,8 +334,8 @@ def _from_text(text: str, hint: Any) -> Any:
 def _structure(text: str) -> Any:
     try:
         return _yaml(text)
-    except ValueError as error:
-        raise UserError(f"{text!r} cannot be understood: {' '.join(str(error).split())}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{brief(text)} cannot be understood: {' '.join(str(error).split())}") from error
 
 
 def _yaml(text: str) -> Any:
@@ -310,20 +345,52 @@ def _yaml(text: str) -> Any:
         raise UserError("reading YAML takes the package PyYAML: pip install pyyaml, or write TOML") from error
 
     class Loader(yaml.SafeLoader):
-        """safe_load, which does not let a key stand twice."""
+        """safe_load with the numbers of YAML 1.2 (0200 is no octal, 4:00 no sexagesimal); no key stands twice."""
+
+        yaml_implicit_resolvers: typing.ClassVar = {
+            first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def construct_yaml_int(self, node):
+            text = self.construct_scalar(node).replace("_", "")
+            return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
 
         def construct_mapping(self, node, deep=False):
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                line = node.start_mark.line + 1
+                raise UserError(f"<< merges tables (line {line} and after), which is not read: write the fields out")
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
             if twice is not None:
                 raise UserError(f"{twice} is given twice (line {node.start_mark.line + 1} and after)")
             return super().construct_mapping(node, deep)
 
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    decimal, other = r"[-+]?(\.\d+|\d[\d_]*(\.\d*)?)([eE][-+]?\d+)?", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    # The first pattern that fits counts.
+    for kind, pattern in (("int", r"[-+]?\d[\d_]*|0x[\da-fA-F]+|0o[0-7]+"), ("float", f"{decimal}|{other}")):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"({pattern})$"), list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)
+        value = yaml.load(text, Loader)
+        if _size(value, {}) > _MOST:
+            raise UserError(f"its aliases stand for more than {_MOST:,} values: write out what is needed")
+        return value
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         raise ValueError(f"line {mark.line + 1}: {problem}" if mark else str(problem)) from error
+
+
+def _size(value: Any, known: dict[int, int | None]) -> int:
+    """Values in lists and tables, each alias counted as often as it stands there."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        known[id(value)] = 1 + sum(_size(v, known) for v in (value.values() if isinstance(value, dict) else value))
+    if known[id(value)] is None:
+        raise UserError("an alias stands inside of what it names: write out what is needed")
+    return known[id(value)]
 
 
 def _toml(text: str) -> Any:
