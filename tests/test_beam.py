@@ -101,6 +101,8 @@ def test_bad_input_is_refused_in_a_sentence():
         (dict(n_beams=0, max_new_tokens=3), "n_beams is 0"),
         (dict(n_beams=2, max_new_tokens=0), "max_new_tokens 0"),
         (dict(n_beams=2, max_new_tokens=99), "at most"),
+        (dict(n_beams=2, max_new_tokens=3, length_penalty=float("nan")), "length_penalty is nan"),
+        (dict(n_beams=2, max_new_tokens=3, length_penalty=float("-inf")), "length_penalty is -inf"),
     ]:
         with pytest.raises(ValueError, match=words):
             beam_search(model, [1, 2], **options)

@@ -1,7 +1,10 @@
 """What a user of the cache and of `generate` relies on."""
 
 import copy
+import inspect
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,9 @@ from llama_edu import KVCache, LlamaConfig, Transformer, generate
 from llama_edu.config import RopeScaling
 from llama_edu.generation import NonFiniteLogits, Sampler
 from llama_edu.generation.cache import dequantize_heads, quantize_heads
+from llama_edu.generation.decode import check_prompts
+from llama_edu.generation.samples import make_sampler
+from tests.bytes_tokenizer import BytesTokenizer
 
 SHAPE = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=48)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
@@ -146,6 +152,29 @@ def test_going_on_with_a_cache_reads_only_what_is_new(model):
         generate(model, [[1]], max_new_tokens=1, cache=cache, cache_dtype=torch.int8)
 
 
+@pytest.mark.parametrize("end", ["length", "stop id", "stop id at once", "function", "closed stream"])
+def test_however_a_text_ends_the_cache_holds_all_but_the_last_new_id(model, end):
+    free = by_hand(model, [1, 2, 3], 6)
+    at = next(i for i in range(2, 6) if free[i] not in free[:i])
+    options = {
+        "length": {},
+        "stop id": dict(stop_ids=[free[at]]),
+        "stop id at once": dict(stop_ids=free[:1]),
+        "function": dict(stop=lambda ids: len(ids) == 3),
+    }.get(end, {})
+    cache = KVCache(model.cfg, batch_size=1, max_seq_len=40, dtype=torch.float64)
+    if end == "closed stream":
+        steps = generate(model, [[1, 2, 3]], max_new_tokens=6, cache=cache, stream=True)
+        first = [next(steps)[1] for _ in range(3)]
+        steps.close()
+    else:
+        (first,) = generate(model, [[1, 2, 3]], max_new_tokens=6, cache=cache, **options)
+    assert len(first) == {"length": 6, "stop id": at, "stop id at once": 0}.get(end, 3)
+    assert cache.lengths.tolist() == [3 + max(0, len(first) - 1)]
+    (second,) = generate(model, [[*first[-1:], 4, 5]], max_new_tokens=6, cache=cache)
+    assert second == by_hand(model, [1, 2, 3, *first, 4, 5], 6)
+
+
 def test_stream_refuses_before_the_first_step(model):
     with pytest.raises(ValueError, match="empty"):
         generate(model, [[]], max_new_tokens=4, stream=True)
@@ -233,6 +262,28 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(model, prompts, options, w
         generate(model, prompts, **{"max_new_tokens": 4, **options})
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n", "words"),
+    [
+        ([[1, 2.5]], 4, "prompt 0 holds the id 2.5; the vocabulary has ids 0 to 63"),
+        ([[1], [3.0]], 4, "prompt 1 holds the id 3.0"),
+        ([[1, None]], 4, "prompt 0 holds the id None"),
+        ([[1]], 2.0, "max_new_tokens is 2.0; it must be a whole number, 0 or more"),
+        (torch.tensor([[1, 2]]), 4, r"prompts has the shape \(1, 2\); it must be a list .* prompts.tolist\(\)"),
+        (np.array([[1, 2]]), 4, r"prompts has the shape \(1, 2\)"),
+    ],
+)
+def test_prompts_of_another_type_are_refused_in_a_sentence(model, prompts, n, words):
+    unchecked = inspect.unwrap(check_prompts)  # tests check annotated types, a program does not
+    with pytest.raises(ValueError, match=words):
+        unchecked(model.cfg, prompts, n)
+
+
+def test_whole_numbers_of_any_kind_are_ids(model):
+    unchecked = inspect.unwrap(check_prompts)
+    unchecked(model.cfg, [np.array([1, 2]), torch.tensor([3]), (4,)], np.int64(2))
+
+
 def test_nan_is_reported_with_the_layer_where_it_begins(model):
     broken = copy.deepcopy(model)
     broken.layers["1"].feed_forward.w2.weight.data[0, 0] = torch.nan
@@ -250,6 +301,31 @@ def test_what_was_generated_before_nan_is_kept(model):
     with pytest.raises(NonFiniteLogits, match=r"row 2 .*tok_embeddings") as caught:
         generate(broken, PROMPTS, max_new_tokens=8)
     assert caught.value.ids == [row[: index + 1] for row in whole]
+
+
+def test_padding_of_a_row_holds_no_id_of_another(model):
+    broken = copy.deepcopy(model)
+    broken.tok_embeddings.weight.data[0] = torch.inf
+    steps = [dict(max_new_tokens=n) for n in (1, 4)]
+    assert all(0 not in row for row in generate(model, PROMPTS, max_new_tokens=4))
+    assert [generate(broken, PROMPTS, **n) for n in steps] == [generate(model, PROMPTS, **n) for n in steps]
+
+
+# --- samples of a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_without_room_costs_only_its_own_sample():
+    class Words(BytesTokenizer):
+        def decode(self, ids):
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    model, write = make(torch.float32, vocab_size=300), make_sampler(Words())
+    good = write(model, ["ab", "c"])
+    texts = write(model, ["ab", "x" * 60, "c", ""])
+    assert re.match(r"\(prompt 1 has 6\d ids; the model's context is 48: cut it by", texts[1])
+    assert texts[0] == good[0] and texts[2] == good[1] and "prompt" not in texts[2]
+    full = write(model, ["x" * 60])
+    assert len(full) == 1 and full[0].startswith("(prompt 0 has")
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -333,7 +409,30 @@ def test_int8_is_off_by_half_a_step_at_most(x, scale):
     q, s = quantize_heads(x)
     back = dequantize_heads(q, s, torch.float32)
     assert ((back - x).abs() <= s[:, None] * 0.5001).all() and back[1].eq(0).all()
-    assert torch.equal(s, x.abs().amax(-1) / 127)
+    assert torch.equal(s, (x.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1.0),
+        (torch.float64, 1e-45),
+        (torch.float32, 1e-3),
+        (torch.float32, 1e-41),
+        (torch.bfloat16, 1.0),
+        (torch.bfloat16, 1e-39),
+        (torch.float16, 1.0),
+        (torch.float16, 1e-5),
+        (torch.float16, 3e-7),
+    ],
+)
+def test_int8_is_off_by_half_a_step_at_most_whatever_the_dtype(dtype, size):
+    x = (torch.randn(2000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+    q, s = quantize_heads(x)
+    assert s.dtype == torch.float32
+    off = (q.double() * s.double()[:, None] - x.double()).abs() / s.double()[:, None]
+    assert float(off.max()) <= 0.5 + 1e-4
+    assert size < 1e-38 or torch.allclose(s.double() * 127, x.double().abs().amax(-1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.bfloat16, 0.05), (torch.int8, 0.1), (torch.float32, 1e-5)])

@@ -189,6 +189,49 @@ def test_generate_writes_json_in_every_row(model, bpe, options):
     assert again == rows[:1]
 
 
+@pytest.mark.parametrize("wish", [None, "7", "[", "{", '"', " "])
+@pytest.mark.parametrize("room", [2, 7, 12])
+def test_without_a_stop_id_a_complete_text_ends_with_white_space(model, bpe, room, wish):
+    favour = None if wish is None else bpe.encode(wish)[0]
+
+    def wishes(logits, rows, step, ids):
+        if favour is not None:
+            logits = logits.index_fill(1, torch.tensor([favour]), 50.0)
+        return constraint(logits, rows, step, ids)
+
+    constraint = JSONConstraint(bpe, max_tokens=room)
+    (new,) = generate(model, [[1, 2, 3]], max_new_tokens=room + 8, constraint=wishes)
+    text = bpe.decode_bytes(new[:room])
+    assert len(new) == room + 8 and reads(text)
+    assert not bpe.decode_bytes(new[room:]).strip()
+
+
+def test_a_stop_id_ends_every_text_in_time(model, bpe):
+    constraint = JSONConstraint(bpe, max_tokens=8, stop_id=bpe.eos_id)
+    for seed in range(8):
+        options = dict(max_new_tokens=20, stop_ids=[bpe.eos_id], temperature=2.0, seed=seed)
+        (new,) = generate(model, [[1, 2, 3]], constraint=constraint, **options)
+        assert len(new) <= 8 and reads(bpe.decode_bytes(new))
+
+
+@pytest.mark.parametrize(("begun", "depth"), [(b"[[1", 2), (b"[[1", 3), (b"[1", 1), (b'{"a":[1', 2)])
+def test_no_token_ends_deeper_than_max_depth(begun, depth):
+    class Closing(BytesTokenizer):
+        extra = (b"],[[", b"],[", b'],"b":[[', b'],"b":[', b"]]", b"]}")
+        n_vocab = BytesTokenizer.n_vocab + len(extra)
+
+        def decode_bytes(self, ids):
+            first = BytesTokenizer.n_vocab
+            pieces = [self.extra[i - first] if i >= first else super(Closing, self).decode_bytes([i]) for i in ids]
+            return b"".join(pieces)
+
+    constraint = JSONConstraint(Closing(), max_tokens=40, max_depth=depth)
+    state = json_run(JSONState("value"), begun)
+    after = [None if data is None else json_run(state, data) for data in constraint.tokens]
+    right = [s is not None and len(s.stack) <= depth for s in after]
+    assert constraint.allowed(state, 40).tolist() == right
+
+
 def test_continuous_batches_write_json(model, bpe):
     batcher = ContinuousBatcher(model, n_blocks=20, max_batch=2)
     for seed in range(4):
@@ -209,6 +252,8 @@ def test_bad_options_are_refused_in_a_sentence(model, bpe):
     for options, words in [
         (dict(max_tokens=1, root="object"), "shortest JSON object has 2"),
         (dict(max_tokens=9, max_depth=0), "at least 1"),
+        (dict(max_tokens=9, stop_id=bpe.n_vocab), f"stop_id is {bpe.n_vocab}; .* ids 0 to {bpe.n_vocab - 1}"),
+        (dict(max_tokens=9, stop_id=-1), "stop_id is -1"),
     ]:
         with pytest.raises(ValueError, match=words):
             JSONConstraint(bpe, **options)

@@ -1,5 +1,7 @@
 """What a user of the choice of the next token, of stops and of log-probabilities relies on."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from llama_edu.generation import (
     stream_text,
     temper,
 )
+from llama_edu.generation.sampling import _check
 from llama_edu.generation.text import held_back
 from llama_edu.tokenizer import BPETokenizer, SentencePieceTokenizer
 
@@ -280,6 +283,19 @@ def test_options_that_mean_nothing_or_contradict_are_refused(model, tokenizer, o
         options = {**options, "tokenizer": tokenizer}
     with pytest.raises(ValueError, match=words):
         generate(model, [[1]], max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(temperature=1.0, top_k=2.5), "top_k is 2.5; it must be a whole number, 1 or more"),
+        (dict(temperature=1.0, seed=1.5), "seed is 1.5; it must be a whole number, 0 or more"),
+    ],
+)
+def test_options_that_must_be_whole_are_refused_as_fractions(options, words):
+    unchecked = inspect.unwrap(_check)  # tests check annotated types, a program does not
+    with pytest.raises(ValueError, match=words):
+        unchecked(**{"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None, "seed": None, **options})
 
 
 def test_stream_text_refuses_what_has_no_place_in_it(model, tokenizer):

@@ -196,6 +196,19 @@ def test_bad_calls_are_refused_in_a_sentence():
         model(ids(seq=4), cache=cache, document_ids=torch.zeros(2, 4, dtype=torch.int64))
 
 
+def test_a_position_past_the_context_is_refused_in_a_sentence():
+    model = build(max_seq_len=16)
+    cache = KVCache(model.cfg, batch_size=2, max_seq_len=40)
+    with torch.no_grad():
+        model(ids(seq=14), cache=cache)
+        with pytest.raises(ValueError, match="positions 14 to 18; max_seq_len of the model is 16: "):
+            model(ids(seq=5), cache=cache)
+        assert cache.lengths.tolist() == [14, 14]
+        model(ids(seq=2), cache=cache)
+        with pytest.raises(ValueError, match="positions 3 to 16"):
+            model(ids(seq=2), positions=torch.tensor([[3, 16]]))
+
+
 @pytest.mark.parametrize(
     "tokens, kwargs, sentence",
     [

@@ -6,6 +6,7 @@ __all__ = ['Beam', 'beam_search']
 # %% ../../notebooks/51_sampling.ipynb #bcee37bb
 __doc__ = "Beam search: the likeliest text instead of the likeliest next token."
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ def beam_search(
     check_prompts(model.cfg, [prompt], max_new_tokens)
     if n_beams < 1 or max_new_tokens < 1:
         raise ValueError(f"n_beams is {n_beams}, max_new_tokens {max_new_tokens}; both must be at least 1")
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty is {length_penalty}; it must be a finite number, such as 0 or 1")
     weight, stops = model.tok_embeddings.weight, sorted(set(stop_ids))
     stops = [i for i in stops if 0 <= i < model.cfg.vocab_size]
     make = lambda rows: KVCache(

@@ -50,7 +50,8 @@ class KVCache:
     """Keys and values of a batch of sequences, one block of memory each, allocated once.
 
     A key stands at the index of its position. Sequences may have different lengths: what lies behind the end of one is
-    left over or zero, no query may look there (`causal_mask`), and its next tokens overwrite it.
+    left over or zero, no query may look there (`causal_mask`), and its next tokens overwrite it. Until then it counts
+    with weight 0, so it must be finite: pad a sequence with an id of its own.
 
     Args:
         cfg: layers, key/value heads and head width are used.
@@ -68,8 +69,9 @@ class KVCache:
 
     Example:
         >>> cache = KVCache(model.cfg, batch_size=1, max_seq_len=64)
-        >>> prompt_logits = model(prompt, cache=cache)
-        >>> next_logits = model(next_token, cache=cache)
+        >>> with torch.no_grad():
+        ...     prompt_logits = model(prompt, cache=cache)
+        ...     next_logits = model(next_token, cache=cache)
     """
 
     def __init__(
@@ -183,11 +185,12 @@ def quantize_heads(
 ) -> tuple[Int8[Tensor, "*rest head_dim"], Float32[Tensor, "*rest"]]:
     """Whole numbers from -127 to 127 and one scale for each vector: x = scale * number, up to half a scale.
 
-    The scale is the largest magnitude divided by 127, so no number is further off than 1/254 of that magnitude.
+    The scale is the largest magnitude divided by 127, so no number is further off than 1/254 of that magnitude; but at
+    least 1.2e-38, below which float32 loses precision. All is computed in float32, in float64 where `x` has it.
     """
-    scale = x.detach().abs().amax(-1).float() / 127
-    steps = torch.where(scale > 0, scale, 1.0)[..., None].to(x.dtype)  # a vector of zeros has scale 0
-    return (x / steps).round().clamp(-127, 127).to(torch.int8), scale
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    scale = (x.abs().amax(-1).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)  # of zeros, too: 0 / 0 is NaN
+    return (x / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def dequantize_heads(

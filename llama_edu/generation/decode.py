@@ -48,8 +48,12 @@ def check_prompts(
         first: number of the first prompt in the sentences.
         cache: what the prompts go on from.
     """
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 0:  # ints and numpy's have it, floats do not
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be a whole number, 0 or more")
+    if hasattr(prompts, "shape"):
+        raise ValueError(
+            f"prompts has the shape {tuple(prompts.shape)}; it must be a list of lists of ids: give prompts.tolist()"
+        )
     context = cfg.max_seq_len if cache is None else min(cfg.max_seq_len, cache.max_seq_len)
     held = 0 if cache is None else int(cache.lengths[0])
     before = f" after the {held} in the cache" if held else ""
@@ -58,7 +62,7 @@ def check_prompts(
             raise ValueError(f"prompt {row} is {prompt!r}; prompts is a list of lists of ids, one list a prompt")
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty: give at least one id, such as that of the beginning of a text")
-        wrong = next((i for i in prompt if not 0 <= i < cfg.vocab_size), None)
+        wrong = next((str(i) for i in prompt if not (hasattr(i, "__index__") and 0 <= i < cfg.vocab_size)), None)
         if wrong is not None:
             raise ValueError(
                 f"prompt {row} holds the id {wrong}; the vocabulary has ids 0 to {cfg.vocab_size - 1}: was the text "
@@ -95,7 +99,8 @@ def _decode(
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest, rows = int(lengths.max()), list(range(len(prompts)))
-    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    # padded with an id of its own: what the padding leaves in the cache still counts, as 0 * its values
+    padded = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts], device=device)
     hidden = model.hidden(padded, cache=cache)
     cache.truncate(cache.lengths - (longest - lengths))
     logits = model.output(hidden[rows, lengths - 1])  # of each prompt's last token only
@@ -117,6 +122,8 @@ def _decode(
             yield row, token, scores[i]
             if ends is None or not ends(row, ids[row][len(prompts[row]) :]):
                 going.append(i)
+        if step and not going and new[-1] in stop_ids:  # the last id was read only to find that the text ends with it
+            cache.truncate(cache.lengths - 1)
         if not going or step == max_new_tokens - 1:
             return
         if len(going) < len(rows):  # what has ended costs nothing any more
@@ -166,7 +173,8 @@ def generate(
         min_p: draw from the tokens at least this many times as likely as the likeliest. The three apply in this order.
         stop_ids: an id that ends its row; it is not returned.
         seed: row r draws from a random stream made of (seed, r); None takes a seed from torch's global generator.
-        repetition_penalty: divides positive logits of ids that stand in prompt or text, and multiplies negative ones.
+        repetition_penalty: divides positive logits of ids that stand in prompt or text, and multiplies negative ones;
+            what a `cache` holds from before is not known to it.
         stop: texts that end a row, which need a `tokenizer`; or a function of a row's new ids that is True at the end.
             The id that completes a stop is returned, as its text may begin before it: `cut_at_stop` and `StopText`
             give the text before the stop.
@@ -177,7 +185,7 @@ def generate(
         choose: makes the choice itself, instead of temperature, top_k, top_p, min_p, seed, repetition_penalty and
             constraint.
         cache: of one sequence: goes on where that ends, so the prompt is only what comes next. Afterwards it holds all
-            that was read, which is all but the last new id.
+            but the last new id, however the text ended: the next prompt begins with that id.
         cache_dtype: of the keys and values kept: None that of the model, torch.int8 for about half of bfloat16's bytes.
         stream: give an iterator of (row, id), or (row, id, TokenLogProb) with `logprobs`, as they come.
 
@@ -206,7 +214,7 @@ def generate(
         raise ValueError(f"`choose` makes the choice, so {' and '.join(given)} would be ignored: give one or the other")
     choose = Sampler(**options) if choose is None else choose
     ends = _ending(stop, tokenizer)
-    if logprobs is not None and not 0 <= logprobs <= model.cfg.vocab_size:
+    if logprobs is not None and not (hasattr(logprobs, "__index__") and 0 <= logprobs <= model.cfg.vocab_size):
         raise ValueError(f"logprobs is {logprobs}; it is a number of tokens, from 0 to {model.cfg.vocab_size}")
     _check_constraint(constraint, max_new_tokens, stop_ids)
     if cache is not None and (len(prompts), len(cache.lengths)) != (1, 1):

@@ -183,7 +183,7 @@ class JSONConstraint:
         max_depth: most brackets open at the end of a token.
 
     Raises:
-        ValueError: `max_tokens` is too small for the shortest text, or the tokenizer lacks bytes.
+        ValueError: `max_tokens` is too small for the shortest text, or the tokenizer lacks bytes or `stop_id`.
 
     Example:
         >>> json_only = JSONConstraint(tokenizer, max_tokens=200, stop_id=tokenizer.eos_id, root="object")
@@ -205,6 +205,10 @@ class JSONConstraint:
             raise ValueError(f"max_tokens is {max_tokens}; the shortest JSON {root} has {bytes_to_close(root)} tokens")
         if max_depth < 1:
             raise ValueError(f"max_depth is {max_depth}; it must be at least 1")
+        if stop_id is not None and not 0 <= stop_id < tokenizer.n_vocab:
+            raise ValueError(
+                f"stop_id is {stop_id}; the tokenizer has ids 0 to {tokenizer.n_vocab - 1}: give the one that ends a text"
+            )
         self.max_tokens, self.stop_id, self.max_depth = max_tokens, stop_id, max_depth
         self.tokens = token_bytes(tokenizer)
         single = {data[0] for data in self.tokens if data is not None and len(data) == 1}
@@ -238,12 +242,15 @@ class JSONConstraint:
 
     def allowed(self, state: JSONState, left: int) -> Bool[Tensor, " tokens"]:
         """Which ids may come in a state when `left` tokens may still be written."""
+        if left < 1 and self.stop_id is None and is_complete(state):  # white space, until `generate` has its ids
+            state, left = JSONState("done"), 1
         cost, deeper, open_ones = self._mode(state.mode)
         depth = len(state.stack)
         ok = (cost + depth < left) & (deeper + depth <= self.max_depth)
         for i in open_ones:
             after = json_run(state, self.tokens[i])
-            ok[i] = after is not None and bytes_to_close(after.mode) + len(after.stack) < left
+            depth = len(after.stack) if after is not None else self.max_depth + 1
+            ok[i] = depth <= self.max_depth and bytes_to_close(after.mode) + depth < left
         if self.stop_id is not None and is_complete(state):
             if state.mode == "done":  # nothing but white space could follow
                 ok[:] = False

@@ -217,11 +217,11 @@ def _check(temperature: float, top_k: int | None, top_p: float | None, min_p: fl
         raise ValueError(
             f"temperature 0 takes the likeliest token, so {names} means nothing: drop it, or raise the temperature"
         )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; at least 1 token must remain")
+    if top_k is not None and (not hasattr(top_k, "__index__") or top_k < 1):  # an int or numpy's has it, a float not
+        raise ValueError(f"top_k is {top_k}; it must be a whole number, 1 or more: so many tokens remain")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it is a probability above 0, at most 1")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p is {min_p}; it is a share of the largest probability, from 0 to 1")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed is {seed}; it must be 0 or more")
+    if seed is not None and (not hasattr(seed, "__index__") or seed < 0):
+        raise ValueError(f"seed is {seed}; it must be a whole number, 0 or more")

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         if positions is None and cache is not None:
             positions = cache.positions(seq)
         if positions is not None:
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+            cos, sin = self._rotations(positions)
         elif seq <= self.cfg.max_seq_len:
             cos, sin = self.rope_cos[None, :seq], self.rope_sin[None, :seq]
         else:
@@ -145,6 +145,15 @@ class Transformer(nn.Module):
             raise ValueError(f"the model reads ({', '.join(axes)}), got the shape {shape}; x[None] is a batch of one")
         if document_ids is not None and document_ids.shape != tokens.shape[:2]:
             raise ValueError(f"{tuple(document_ids.shape)} document_ids for {tuple(tokens.shape[:2])} tokens")
+
+    def _rotations(self, positions: Int[Tensor, "#batch seq"]) -> tuple[Tensor, Tensor]:
+        try:
+            return self.rope_cos[positions], self.rope_sin[positions]
+        except IndexError as error:  # as in _embed
+            raise ValueError(
+                f"tokens at positions {int(positions.min())} to {int(positions.max())}; max_seq_len of the model is "
+                f"{self.cfg.max_seq_len}: shorten the sequence or raise it"
+            ) from error
 
     def _embed(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq dim"]:
         try:
@@ -172,8 +181,8 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; those of `tokens` are added.
 
         Raises:
-            ValueError: `tokens` have another shape, on a CPU an id that the model does not know, or are more than
-                `cfg.max_seq_len`; `document_ids` have another shape, or come with a cache.
+            ValueError: `tokens` have another shape, are more than `cfg.max_seq_len`, or, on a CPU, hold an id that the
+                model does not know or stand past that length; `document_ids` have another shape, or come with a cache.
         """
         x = self.hidden(tokens, positions=positions, document_ids=document_ids, cache=cache)
         return x if self.output is None else self._logits(x)
