@@ -1,6 +1,7 @@
 """What a user of the byte-level BPE tokenizer relies on: any text, any corpus, any file."""
 
 import base64
+import inspect
 import json
 import os
 import random
@@ -14,13 +15,15 @@ import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from tiktoken.load import load_tiktoken_bpe
 
 from llama_edu.errors import UserError
 from llama_edu.tokenizer import LLAMA3_PATTERN, BPETokenizer
 from llama_edu.tokenizer import trainer as trainer_module
-from llama_edu.tokenizer.scanner import class_table, split
-from llama_edu.tokenizer.trainer import chunks, count_words_of, learn_merges
+from llama_edu.tokenizer.formats import byte_to_char
+from llama_edu.tokenizer.scanner import class_table, need_texts, split
+from llama_edu.tokenizer.trainer import WordCounts, chunks, count_words_of, learn_merges
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>")
 TEXT = (Path(trainer_module.__file__).read_text() + "naïve Zürich 猫も🐈 don't I'LL 12345 \t\n\n  x" * 5)[:20_000]
@@ -286,6 +289,14 @@ def change(**new):
     return lambda data: data | new
 
 
+def steps(of):
+    def change(d):
+        pre = d["pre_tokenizer"]
+        return d | {"pre_tokenizer": pre | {"pretokenizers": of(*pre["pretokenizers"])}}
+
+    return change
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -297,6 +308,14 @@ def change(**new):
         (change(normalizer={"type": "NFC"}), "normalizer"),
         (change(pre_tokenizer=None), "lacks"),
         (change(pre_tokenizer={"type": "Whitespace"}), "does not split text by a pattern"),
+        (steps(lambda split, level: [split, split, level]), "and that alone"),
+        (steps(lambda split, level: [split | {"behavior": "Removed"}, level]), "drops, joins or adds"),
+        (steps(lambda split, level: [split, level | {"add_prefix_space": True}]), "drops, joins or adds"),
+        (steps(lambda split, level: [split, level | {"use_regex": True}]), "GPT-2"),
+        (lambda d: d | {"model": d["model"] | {"end_of_word_suffix": "</w>"}}, "option end_of_word_suffix"),
+        (lambda d: d | {"model": d["model"] | {"ignore_merges": False, "merges": []}}, "no merge for 342 of its"),
+        (lambda d: d | {"added_tokens": [{"id": "600", "content": "<a>"}]}, "'600', no whole number"),
+        (lambda d: d | {"added_tokens": [{"id": 10**9, "content": "<a>"}]}, "too far behind"),
         (lambda d: d | {"model": d["model"] | {"vocab": d["model"]["vocab"] | {"日": 9999}}}, "stands for no byte"),
         (lambda d: d | {"model": d["model"] | {"merges": d["model"]["merges"][::-1]}}, "another order"),
         (lambda d: d | {"model": d["model"] | {"vocab": {"a": 0}, "merges": []}}, "lack 255"),
@@ -354,3 +373,68 @@ def test_the_real_llama3_ranks(data_dir, tmp_path):
     tok.to_hf(tmp_path / "tokenizer.json")
     peer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert [peer.encode(t).ids for t in texts] == tok.encode_batch(texts)
+
+
+def test_a_json_with_every_way_to_split_a_token_as_llama_3s_own(tok, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tok.to_hf(path)
+    data, byte = json.loads(path.read_text()), byte_to_char()
+    text = lambda token: "".join(byte[b] for b in token)
+    splits = [(t[:i], t[i:]) for t in sorted(tok.ranks, key=tok.ranks.get) for i in range(1, len(t))]
+    data["model"]["merges"] = [[text(a), text(b)] for a, b in splits if a in tok.ranks and b in tok.ranks]
+    assert len(data["model"]["merges"]) > len(tok.ranks) - 256
+    path.write_text(json.dumps(data))
+    again = BPETokenizer.from_hf(path)
+    assert (again.ranks, again.special_tokens) == (tok.ranks, tok.special_tokens)
+
+
+def test_special_ids_behind_a_gap_are_the_same_in_hugging_faces_file(tok, tmp_path):
+    special = {"<a>": len(tok.ranks), "<a>b": len(tok.ranks) + 1, "<z>": len(tok.ranks) + 44}
+    ours = BPETokenizer(tok.ranks, special_tokens=special)
+    ours.to_hf(tmp_path / "t.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    for name, i in special.items():
+        assert theirs.encode(name).ids == ours.encode(name, allowed_special=[name]) == [i]
+    assert BPETokenizer.from_hf(tmp_path / "t.json").special_tokens == special
+
+
+@pytest.mark.parametrize("pattern", [r"(\w)\w*|\s+", r"(\w)+|\s+|[^\w\s]"])
+def test_a_pattern_with_groups_loses_no_text(tok, pattern):
+    grouped = BPETokenizer(tok.ranks, pattern=pattern)
+    for text in ("hello world", "hello" + " " * 70_000):
+        assert grouped.decode(grouped.encode(text)) == grouped.decode(grouped.encode_readably(text)) == text
+
+
+@pytest.mark.parametrize("pattern", ["x?", "", "(", "(?r)a"])
+def test_a_pattern_that_cannot_split_is_refused(tok, pattern):
+    with pytest.raises(UserError, match="the split pattern"):
+        BPETokenizer(tok.ranks, pattern=pattern)
+    with pytest.raises(UserError, match="the split pattern"):
+        BPETokenizer.train([TEXT], 300, pattern=pattern)
+
+
+OUTSIDE = {
+    "an end beyond the bytes": ([1, 2, 3], [0, 30_000_000]),
+    "a begin before them": ([1, 2, 3], [-(10**9), 3]),
+    "the same bytes again and again": ([97] * 600, [0, 600] * 30),
+    "numbers that are no bytes": (np.array([10**9] * 4), [0, 4]),
+    "every second byte": (np.zeros(8, np.uint8)[::2], [0, 4]),
+    "no bounds": ([1, 2, 3], []),
+    "bounds that are no whole numbers": ([1, 2, 3], [0.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize(("data", "bounds"), OUTSIDE.values(), ids=OUTSIDE)
+def test_kernels_get_no_bounds_beyond_the_bytes(tok, data, bounds):
+    data = np.array(data, np.uint8) if isinstance(data, list) else data
+    bounds = np.array(bounds) if bounds else np.array([], np.int64)
+    with pytest.raises(ValueError, match="bounds whole numbers that rise from 0 or more to their end or less"):
+        inspect.unwrap(need_texts)(data, bounds)
+    for call in (tok._corpus.encode, WordCounts().count, lambda d, b: WordCounts().add(d, b, np.ones(1, np.int64))):
+        with pytest.raises((ValueError, TypeCheckError)):
+            call(data, bounds)
+
+
+def test_as_many_counts_as_words():
+    with pytest.raises(ValueError, match="3 counts for 2 words"):
+        WordCounts().add(np.frombuffer(b"abcd", np.uint8), np.array([0, 2, 4]), np.ones(3, np.int64))

@@ -75,6 +75,9 @@ def test_special_tokens_of_both_releases():
     named = ["finetune_right_pad_id", "step_id", "eom_id", "python_tag", "image", "reserved_special_token_2"]
     assert [later[f"<|{name}|>"] for name in named] == [128_004, 128_005, 128_008, 128_010, 128_011, 128_012]
     assert later["<|reserved_special_token_245|>"] == 128_255
+    there = llama3_special_tokens(128_000, "3.1-hf")  # published: 128005 is a reserved token, and there is no image
+    assert there["<|reserved_special_token_2|>"] == 128_005 and there["<|python_tag|>"] == 128_010
+    assert there["<|reserved_special_token_247|>"] == 128_255 and "<|image|>" not in there
     with pytest.raises(UserError, match=r"version is '3\.3'; it must be '3\.0'"):
         Llama3Tokenizer({}, version="3.3")
 
@@ -98,6 +101,15 @@ def test_files_and_kin(small, tmp_path):
     old.to_hf(tmp_path / "tokenizer.json")
     again = Llama3Tokenizer.from_hf(tmp_path / "tokenizer.json")
     assert again.version == "3.0" and again.special_tokens == old.special_tokens
+    for version in ("3.0", "3.1-hf"):
+        one = Llama3Tokenizer(small.ranks, version=version)
+        one.save(tmp_path / "one.model")
+        one.to_hf(tmp_path / "one.json")
+        for again in (Llama3Tokenizer(tmp_path / "one.model"), Llama3Tokenizer.from_hf(tmp_path / "one.json")):
+            assert again.version == version and again.special_tokens == one.special_tokens
+    BPETokenizer(small.ranks, pattern=r"\S+|\s+").save(tmp_path / "other.model")
+    with pytest.raises(UserError, match="another pattern than Llama 3"):
+        Llama3Tokenizer(tmp_path / "other.model")
     BPETokenizer.train(TEXT, 300).to_hf(tmp_path / "other.json")
     with pytest.raises(UserError, match="special tokens of no release of Llama 3"):
         Llama3Tokenizer.from_hf(tmp_path / "other.json")

@@ -23,7 +23,7 @@ from .scanner import LLAMA3_PATTERN, to_bytes
 from .trainer import count_words_of, learn_merges
 
 # %% auto #0
-__all__ = ['LONG', 'BEGIN', 'END', 'merge_by_rank', 'BPETokenizer', 'TextStream']
+__all__ = ['LONG', 'MOST_BEHIND', 'BEGIN', 'END', 'merge_by_rank', 'BPETokenizer', 'TextStream']
 
 # %% ../../notebooks/10_bpe.ipynb #3f05cb82
 def merge_by_rank(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
@@ -58,6 +58,7 @@ def merge_by_rank(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 # %% ../../notebooks/10_bpe.ipynb #42ec4a4d
 __all__ = ["LLAMA3_PATTERN"]
 LONG = 1 << 16  # characters; longer texts take the compiled path
+MOST_BEHIND = 1 << 16  # ids for special tokens behind the ranks
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 # %% ../../notebooks/10_bpe.ipynb #453adbfa
@@ -86,6 +87,7 @@ class BPETokenizer:
         self.ranks, self.pattern, self.special_tokens = dict(ranks), pattern, dict(special_tokens or {})
         self.bos, self.eos = bos, eos
         _check(self.ranks, self.special_tokens, (bos, eos))
+        _check_pattern(pattern)
         self.bos_id = None if bos is None else self.special_tokens[bos]
         self.eos_id = None if eos is None else self.special_tokens[eos]
         self.n_vocab = max([len(self.ranks) - 1, *self.special_tokens.values()]) + 1
@@ -113,8 +115,10 @@ class BPETokenizer:
             progress: show a progress bar.
 
         Raises:
-            UserError: `vocab_size` has no room for bytes and special tokens, or a text holds a lone surrogate.
+            UserError: `vocab_size` has no room for bytes and special tokens, `pattern` cannot split, or a text holds a
+                lone surrogate.
         """
+        _check_pattern(pattern)
         special = list(dict.fromkeys(special_tokens))
         if vocab_size < 256 + len(special):
             raise UserError(
@@ -199,7 +203,8 @@ class BPETokenizer:
     def encode_readably(self, text: str) -> list[int]:
         """`encode` in plain Python: the `regex` module splits, `merge_by_rank` merges. For reading and for checking."""
         to_bytes(text)
-        return [i for piece in regex.findall(self.pattern, text) for i in merge_by_rank(piece.encode(), self.ranks)]
+        pieces = (match[0].encode() for match in regex.finditer(self.pattern, text))
+        return [i for piece in pieces for i in merge_by_rank(piece, self.ranks)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids, special tokens as their text. Raises UserError for an unknown id."""
@@ -255,7 +260,8 @@ class BPETokenizer:
 
     def _parts(self, text: str, allowed: Collection[str]) -> list[str]:
         """The text, cut around the special tokens that are allowed."""
-        if unknown := sorted(set(allowed) - set(self.special_tokens)):
+        allowed = set(allowed)
+        if unknown := sorted(allowed - set(self.special_tokens)):
             raise UserError(f"{unknown[0]!r} is no special token of this tokenizer, so it cannot be allowed")
         if not allowed:
             return [text]
@@ -267,7 +273,7 @@ class BPETokenizer:
             return next(self._corpus.encode_texts([text])).tolist()
         if not re.search(rf"\s{{{LONG // 2}}}", text):
             return self.encoding.encode_ordinary(text)
-        pieces = [piece.encode() for piece in regex.findall(self.pattern, text)]
+        pieces = [match[0].encode() for match in regex.finditer(self.pattern, text)]
         bounds = np.cumsum([0, *map(len, pieces)])
         return self._corpus.encode(np.frombuffer(b"".join(pieces), np.uint8), bounds, scan=False)[0].tolist()
 
@@ -280,9 +286,25 @@ def _check(ranks: dict[bytes, int], special: dict[str, int], ends: tuple[str | N
     ids = list(special.values())
     if len(set(ids)) != len(ids) or any(i < len(ranks) for i in ids):
         raise UserError(f"special tokens need ids of their own, {len(ranks)} or larger")
+    if ids and max(ids) >= len(ranks) + MOST_BEHIND:
+        raise UserError(f"the special id {max(ids)} is too far behind {len(ranks)} ranks: at most {MOST_BEHIND:,} fit")
+    if wrong := [name for name in special if not name or not name.isprintable()]:
+        raise UserError(f"a special token has the name {wrong[0]!r}; it needs printable characters")
     for name in ends:
         if name is not None and name not in special:
             raise UserError(f"{name!r} is to begin or end texts, but is no special token of this tokenizer")
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern == LLAMA3_PATTERN:
+        return
+    try:
+        empty = regex.compile(pattern).match("")
+        tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={})
+    except (regex.error, ValueError) as error:
+        raise UserError(f"the split pattern {pattern[:80]!r} is no regular expression here ({error})") from None
+    if empty:
+        raise UserError(f"the split pattern {pattern[:80]!r} matches nothing at all; it must match a character or more")
 
 # %% ../../notebooks/10_bpe.ipynb #f97d3839
 class TextStream:

@@ -120,7 +120,7 @@ class ChatFormat:
         if unknown:
             raise UserError(f"a message has no field {min(unknown)!r}; it has role, content, python_tag and end")
         python_tag = message.get("python_tag", False)
-        end = message.get("end", "eom" if python_tag else "eot")
+        end = message.get("end") or ("eom" if python_tag else "eot")  # None: a message that was cut short
         if end not in ("eom", "eot"):
             raise UserError(f"a message ends with {end!r}; it must be 'eom' (end of message) or 'eot' (end of turn)")
         if message["role"] != "assistant" and (python_tag or end == "eom"):
@@ -200,7 +200,10 @@ def parse_calls(content: str) -> list[tuple[str, dict[str, Any]]]:
         tree = ast.parse(content.strip(), mode="eval").body
         calls = tree.elts if isinstance(tree, ast.List) else []
         found = [(call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}) for call in calls]
-        if not found or any(call.args or None in arguments for call, (_, arguments) in zip(calls, found, strict=True)):
+        for call, (_, arguments) in zip(calls, found, strict=True):
+            if call.args or None in arguments or len(arguments) < len(call.keywords):  # a name that stands twice
+                raise ValueError
+        if not found:
             raise ValueError
     except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
         raise UserError(f"{content[:80]!r} is no list of calls such as [name(key='value')]") from None

@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 from jaxtyping import Int, Int32, UInt8
 
-from .scanner import LETTER, NUMBER, OTHER, class_table, compiled, pretoken_end
+from .scanner import LETTER, NUMBER, OTHER, class_table, compiled, need_texts, pretoken_end
 from .trainer import WordCounts, chunks, digest, find, in_threads
 
 REMEMBERED = 1 << 16  # pre-tokens that a thread keeps with their ids
@@ -242,6 +242,7 @@ class CorpusEncoder:
         Args:
             scan: split each text by the pattern of Llama 3; False takes each as one pre-token.
         """
+        need_texts(data, bounds)
         try:
             seen = self._free.get_nowait()
         except Empty:

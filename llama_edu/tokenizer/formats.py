@@ -68,10 +68,14 @@ def _read_extra(path: Path) -> dict[str, Any]:
         if not isinstance(value, kinds[name]):
             raise UserError(f"{path}: the field {name!r} is of a wrong type, {type(value).__name__}")
     for name, i in data.get("special_tokens", {}).items():
-        if not isinstance(i, int) or isinstance(i, bool):
-            raise UserError(f"{path}: the id of the special token {name!r} is {i!r}, no whole number")
+        _need_id(i, f"the special token {name!r}", path)
     _check_pattern(data.get("pattern", ""), path)
     return data
+
+
+def _need_id(i: Any, whose: str, path: Path) -> None:
+    if type(i) is not int or not 0 <= i < 2**31:  # in JSON true is no number
+        raise UserError(f"{path}: the id of {whose} is {str(i)[:40]!r}, no whole number below 2**31")
 
 
 def write_ranks(path: str | Path, ranks: dict[bytes, int], extra: dict[str, Any]) -> None:
@@ -109,6 +113,8 @@ def write_hf(path: str | Path, ranks: dict[bytes, int], pattern: str, special_to
         "vocab": {text[token]: ranks[token] for token in by_rank}, "merges": merges,
     }  # fmt: skip
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
+    if [i for _, i in by_id] != list(range(len(ranks), len(ranks) + len(by_id))):
+        model["vocab"] |= dict(by_id)  # else `tokenizers` numbers them one after the other
     data = {
         "version": "1.0",
         "truncation": None,
@@ -150,11 +156,16 @@ def read_hf(path: str | Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
 
 def _parse_hf(data: dict[str, Any], path: Path) -> tuple[dict[bytes, int], str, dict[str, int]]:
     model = data["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UserError(f"{path} holds a tokenizer of another kind ({model.get('type')}), not byte-level BPE")
+    for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise UserError(f"{path} has the option {option} ({model[option]!r}), which this tokenizer has not")
     if data.get("normalizer") is not None:
         raise UserError(f"{path} changes the text before it is split (its normalizer), which this tokenizer does not")
     special = {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+    for name, i in [*special.items(), *model["vocab"].items()]:
+        _need_id(i, f"the token {name!r}", path)
     table = {c: b for b, c in byte_to_char().items()}
     ranks = {}
     for text, i in model["vocab"].items():
@@ -164,13 +175,21 @@ def _parse_hf(data: dict[str, Any], path: Path) -> tuple[dict[bytes, int], str, 
             raise UserError(f"{path}: the token {text!r} has the character {bad[0]!r}, which stands for no byte")
         ranks[bytes(table[c] for c in text)] = i
     lengths = [(ranks[_bytes(pair, table)], pair) for pair in model["merges"]]
-    if any(a[0] >= b[0] for a, b in pairwise(lengths)):
+    if any(a[0] > b[0] for a, b in pairwise(lengths)):  # of a token there may be several, as in Llama 3's own file
         raise UserError(f"{path} lists its merges in another order than the ids, which a list of ranks cannot express")
+    whole = ranks.keys() - {_bytes(pair, table) for pair in model["merges"]}
+    if not model.get("ignore_merges") and (lost := [token for token in whole if len(token) > 1]):
+        raise UserError(f"{path} has no merge for {len(lost)} of its tokens, such as {min(lost)!r}: it is never found")
     pre = data["pre_tokenizer"]
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    split = next((s for s in steps if s["type"] == "Split"), None)
-    if not any(s["type"] == "ByteLevel" for s in steps) or split is None:
-        raise UserError(f"{path} does not split text by a pattern into bytes (its pre_tokenizer is {pre['type']})")
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        kinds = ", ".join(str(step["type"]) for step in steps)
+        raise UserError(f"{path} does not split text by a pattern into bytes, and that alone (it has {kinds})")
+    split, level = steps
+    if split.get("behavior") != "Isolated" or split.get("invert") or level["add_prefix_space"]:
+        raise UserError(f"{path} drops, joins or adds text where it splits, which this tokenizer does not")
+    if level.get("use_regex", True):
+        raise UserError(f"{path} splits by the pattern of GPT-2 as well, which this tokenizer does not")
     pattern = split["pattern"]["Regex"]
     _check_pattern(pattern, path)
     return ranks, pattern, special

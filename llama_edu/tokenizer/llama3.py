@@ -23,13 +23,19 @@ _SPECIAL_NAMES = {
     "3.0": "begin_of_text end_of_text * * * * start_header_id end_header_id * eot_id",
     "3.1": "begin_of_text end_of_text * * finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id "
     "python_tag image",
+    # As Hugging Face's files have it.
+    "3.1-hf": "begin_of_text end_of_text * * finetune_right_pad_id * start_header_id end_header_id eom_id eot_id "
+    "python_tag",
 }
 
 
 def llama3_special_tokens(n_ranks: int, version: str = "3.1") -> dict[str, int]:
-    """The 256 special tokens behind `n_ranks` ordinary ones, by name; "3.1" serves all later releases too."""
+    """The 256 special tokens behind `n_ranks` ordinary ones, by name; "3.1" serves all later releases too.
+
+    "3.1-hf" is what Hugging Face's files of those have: two tokens that only the image models use are reserved ones.
+    """
     if version not in _SPECIAL_NAMES:
-        raise UserError(f"version is {version!r}; it must be '3.0' (the first Llama 3) or '3.1' (all since)")
+        raise UserError(f"version is {version!r}; it must be {' or '.join(map(repr, _SPECIAL_NAMES))}")
     names = _SPECIAL_NAMES[version].split()
     names += ["*"] * (256 - len(names))
     reserved = iter(range(256))
@@ -62,14 +68,23 @@ class Llama3Tokenizer(BPETokenizer):
     Args:
         source: path of a rank file (Meta's `tokenizer.model`, or what `BPETokenizer.save` wrote), or the ranks. The
             special ids follow the last rank.
-        version: names of the special tokens, "3.0" for the first release, "3.1" for all since.
+        version: names of the special tokens, "3.0" for the first release, "3.1" for all since. None: those that the
+            file has beside it, else "3.1".
 
     Raises:
-        UserError: the file is damaged, or the version unknown.
+        UserError: the file is damaged or of another kind, or the version unknown.
     """
 
-    def __init__(self, source: str | Path | dict[bytes, int], *, version: str = "3.1"):
-        ranks = source if isinstance(source, dict) else BPETokenizer.load(source).ranks
+    def __init__(self, source: str | Path | dict[bytes, int], *, version: str | None = None):
+        ranks = source
+        if not isinstance(source, dict):
+            base = BPETokenizer.load(source)
+            ranks = base.ranks
+            if version is None and base.special_tokens:
+                version = _version(base, source)
+            if base.pattern != LLAMA3_PATTERN:
+                raise UserError(f"{source} splits by another pattern than Llama 3; BPETokenizer.load reads it as it is")
+        version = version or "3.1"
         special = llama3_special_tokens(len(ranks), version)
         super().__init__(
             ranks, pattern=LLAMA3_PATTERN, special_tokens=special, bos="<|begin_of_text|>", eos="<|end_of_text|>"
@@ -114,7 +129,7 @@ class Llama3Tokenizer(BPETokenizer):
             yield np.concatenate([first, *rest]) if rest else first
 
     @classmethod
-    def load(cls, path: str | Path, *, version: str = "3.1") -> "Llama3Tokenizer":
+    def load(cls, path: str | Path, *, version: str | None = None) -> "Llama3Tokenizer":
         """Read a rank file, as the constructor does."""
         return cls(path, version=version)
 
@@ -130,7 +145,11 @@ class Llama3Tokenizer(BPETokenizer):
     def from_hf(cls, path: str | Path) -> "Llama3Tokenizer":
         """Read a tokenizer.json whose special tokens are those of a release of Llama 3."""
         base = BPETokenizer.from_hf(path)
-        for version in _SPECIAL_NAMES:
-            if base.special_tokens == llama3_special_tokens(len(base.ranks), version):
-                return cls(base.ranks, version=version)
-        raise UserError(f"{path} has special tokens of no release of Llama 3; BPETokenizer.from_hf reads it as it is")
+        return cls(base.ranks, version=_version(base, path))
+
+
+def _version(base: BPETokenizer, path: str | Path) -> str:
+    for version in _SPECIAL_NAMES:
+        if base.special_tokens == llama3_special_tokens(len(base.ranks), version):
+            return version
+    raise UserError(f"{path} has special tokens of no release of Llama 3; BPETokenizer reads it as it is")

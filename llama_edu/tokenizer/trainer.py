@@ -18,7 +18,7 @@ import regex
 from jaxtyping import Int, UInt8
 
 from ..errors import UserError
-from .scanner import LLAMA3_PATTERN, class_table, compiled, pretoken_end, to_bytes
+from .scanner import LLAMA3_PATTERN, class_table, compiled, need_texts, pretoken_end, to_bytes
 
 CHUNK = 1 << 22  # bytes of text that one thread works on at a time
 
@@ -125,6 +125,7 @@ class WordCounts:
 
     def count(self, data: UInt8[np.ndarray, "bytes"], bounds: Int[np.ndarray, "texts_and_end"]) -> None:
         """Split texts, concatenated in `data`, by the pattern of Llama 3, and count the pieces."""
+        need_texts(data, bounds)
         self._run(count_texts, data, bounds, class_table())
 
     def add(
@@ -134,6 +135,9 @@ class WordCounts:
         times: Int[np.ndarray, "words"],
     ) -> None:
         """Add words that have been counted."""
+        need_texts(data, bounds)
+        if len(times) != len(bounds) - 1:
+            raise ValueError(f"{len(times)} counts for {len(bounds) - 1} words")
         self._run(count_words, data, bounds, times)
 
     def _run(self, kernel: Callable, data: UInt8[np.ndarray, "bytes"], *args) -> None:
