@@ -9,6 +9,7 @@ import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bytes_tokenizer import Bare, BytesTokenizer
 from slow_tokenizer import SlowTokenizer
@@ -104,11 +105,32 @@ def test_a_damaged_or_missing_shard_is_made_again(built, tmp_path):
     shutil.copytree(built, out)
     damaged = out / "shard-00002" / "tokens.bin"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    moved = np.load(out / "shard-00003" / "documents.npy")
+    moved[1] -= 1
+    np.save(out / "shard-00003" / "documents.npy", moved)
     shutil.rmtree(out / "shard-00004")
     with pytest.raises(UserError, match=r"shard-00004 is missing"):
         open_tokens(out)
     write_shards(TEXTS, BytesTokenizer(), out, workers=0, shard_bytes=1000)
     assert content(out) == content(built)
+
+
+@pytest.mark.parametrize("index", ['{"shards": [5]}', '{"shards": 5}', "[]", "[" * 100_000])
+def test_a_damaged_index_is_told(built, tmp_path, index):
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    (out / "index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index.json is damaged"):
+        open_tokens(out)
+    (out / "build.json").write_text("[" * 100_000 if len(index) > 50 else "[]")
+    with pytest.raises(UserError, match=r"build.json is damaged"):
+        write_shards(TEXTS, BytesTokenizer(), out, workers=0, shard_bytes=1000)
+
+
+def test_the_home_of_a_user_whom_nobody_knows():
+    for use in (open_tokens, lambda place: write_shards(TEXTS, BytesTokenizer(), place, workers=0)):
+        with pytest.raises(UserError, match=r"'~nosuch/x' begins with the home of a user"):
+            use("~nosuch/x")
 
 
 def changed_text(out):

@@ -255,6 +255,15 @@ W = {"prose": 0.8, "code": 0.2}
         ({"weights": {"prose": math.nan, "code": 1}}, r"weight of 'prose' is nan"),
         ({"weights": {"prose": "0.8", "code": 0.2}}, r"weight of 'prose' is '0.8'"),
         ({"weights": {"prose": 1.0}}, r"'code' never has a weight above 0"),
+        ({"weights": {"prose": 10**400, "code": 1}}, r"weight of 'prose' is 10+; it must be"),
+        ({"sources": {"prose": "a", "code": 5}}, r"source 'code' of the mixture is 5; it must be a path"),
+        ({"sources": {"prose": "a", "code": None}}, r"source 'code' of the mixture is None"),
+        ({"sources": {"prose": "a", "code": [5]}}, r"source 'code' of the mixture is 5"),
+        ({"changes": 5}, r"changes of the mixture are 5; they must be a list"),
+        ({"changes": None}, r"changes of the mixture are None"),
+        ({"changes": [{"at": 160, "weights": 5}]}, r"has the weights 5; give it a number for each source"),
+        ({"changes": [{"at": 1e30, "weights": W}]}, r"at 1e\+30; a mixture of sequences of 16 tokens ends at"),
+        ({5: 1}, r"a mixture has no field 5"),
         ({"weights": {}}, r"sum to 0, not to 1"),
         ({"weights": None}, r"has no weights"),
         ({"sources": {}}, r"mixture is empty"),
@@ -297,6 +306,10 @@ def test_a_mixture_may_be_a_plain_mapping_or_a_file(corpus):
     (corpus / "list.json").write_text("[]")
     with pytest.raises(UserError, match="holds a list"):
         open_stream(corpus / "list.json", seq_len=16, seed=0)
+    for content, words in (("sources: {a: 5}", "'a' of the mixture is 5"), ("5: 1.0", "has 5 where a path is due")):
+        (corpus / "odd.yaml").write_text(content)
+        with pytest.raises(UserError, match=words):
+            open_stream(corpus / "odd.yaml", seq_len=16, seed=0)
 
 
 # --- too little -------------------------------------------------------------------------------------------------------

@@ -51,6 +51,20 @@ def test_a_file_is_a_document(tmp_path, kind, compression):
     assert list(read_documents(file)) == [Document(TEXTS[2], file.as_posix())]
 
 
+def test_frames_of_zstd_are_read_on_and_a_missing_end_is_told(tmp_path):
+    rows = "".join(f"line {i} {i * 7**40 % 10**30}\n" for i in range(20_000))
+    pack = zstandard.ZstdCompressor().compress
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    file = tmp_path / "t.txt.zst"
+    file.write_bytes(pack(rows[:500_000].encode()) + pack(b"") + skipped + pack(rows[500_000:].encode()))
+    assert texts(file) == [rows]
+    whole = pack(rows.encode())
+    for data in (whole[:-5000], whole[:-1], whole + pack(b"more")[:-1], b""):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=r"t.txt.zst is no whole zstd file: it ends inside a frame"):
+            texts(file)
+
+
 def test_folders_and_globs_are_read_in_order_and_other_files_left(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_text("b")
@@ -70,6 +84,8 @@ def test_the_interpreters_own_text_is_there_and_in_a_fixed_order():
     assert len({d.name for d in first}) == len(first)
 
 
+FLIPPED = bytearray(gzip.compress(b"x" * 1000))
+FLIPPED[10] |= 6  # a kind of block that there is not
 BAD = {
     "missing.txt": (None, "no file, folder or match"),
     "latin.txt": (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
@@ -77,6 +93,10 @@ BAD = {
     "list.jsonl": (b"[1]\n", "line 1 has no text"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "byte 0xe9 at line 2, byte 10"),
     "nofield.jsonl": (b'{"body": "a"}\n', "line 1 has no text"),
+    "half.jsonl": (b'{"text": "a"}\n{"text": "ab\\ud83d"}\n', r"line 2 .* character 2 is U\+D83D, one half"),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1 cannot be read: .* too many digits"),
+    "deep.jsonl": (b"\n" + b"[" * 100_000 + b"\n", "line 2 cannot be read: .* nested too deep"),
+    "flip.txt.gz": (FLIPPED, "no whole gzip file"),
     "cut.txt.gz": (gzip.compress(b"x" * 1000)[:-9], "no whole gzip file"),
     "not.txt.gz": (b"plain", "no whole gzip file"),
     "not.txt.zst": (b"plain text, not zstd", "no whole zstd file"),
@@ -99,6 +119,37 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="no column 'text'; its columns are body, id"):
         texts(tmp_path / "x.parquet")
+
+
+def test_damage_inside_a_parquet_file_is_told(tmp_path):
+    file = tmp_path / "x.parquet"
+    latin = pa.array([b"a", b"caf\xe9 au lait"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": latin}), file)
+    with pytest.raises(UserError, match=r"x.parquet is not UTF-8: one of the rows 1 to 2 .* byte 0xe9 at offset 3"):
+        texts(file)
+    pq.write_table(pa.table({"text": [f"{i} text" * 9 for i in range(3000)]}), file, compression="zstd")
+    data = bytearray(file.read_bytes())
+    data[40:4000] = b"\xff" * 3960
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"x.parquet is no readable parquet file"):
+        texts(file)
+    pq.write_table(pa.table({"text": ["a"], "zweig": [1]}), file)
+    file.write_bytes(file.read_bytes().replace(b"zweig", b"zwei\xe9"))
+    with pytest.raises(UserError, match=r"x.parquet is no readable parquet file"):
+        texts(file)
+
+
+def test_the_home_of_a_user_whom_nobody_knows():
+    with pytest.raises(UserError, match=r"'~nosuch/x' begins with the home of a user"):
+        texts("~nosuch/x")
+
+
+def test_a_few_long_documents_give_no_more_than_their_share():
+    long_line = ("a" * 60 + "\n") * 20_000 + "b" * 1_100_000
+    assert len(held_out([Document(long_line, "a")]).held_out[0].text) == len(long_line) - int(len(long_line) * 0.95)
+    lines = ("a" * 60 + "\n") * 20_000
+    aside = held_out([Document(lines, "a")]).held_out[0].text
+    assert len(aside) % 61 == 0 and 0.05 * len(lines) <= len(aside) <= 0.055 * len(lines)
 
 
 def test_an_empty_folder_and_an_empty_corpus_say_so(tmp_path):

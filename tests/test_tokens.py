@@ -1,6 +1,9 @@
 """Token shards and batches: nothing is lost, nothing is seen twice, damage is told, order is a function of the step."""
 
+import hashlib
 import json
+import math
+import os
 import tracemalloc
 
 import numpy as np
@@ -10,7 +13,7 @@ from bytes_tokenizer import Bare, BytesTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_edu.data import Batches, TokenFile, sequential_batches, tokenizer_hash, write_tokens
+from llama_edu.data import Batches, TokenFile, TokenShards, sequential_batches, tokenizer_hash, write_tokens
 from llama_edu.data.tokens import IGNORE, shuffled
 from llama_edu.errors import UserError
 
@@ -72,6 +75,45 @@ def test_a_failure_leaves_nothing_and_what_stands_is_never_overwritten(tmp_path,
     assert write_tokens(["a"], BytesTokenizer(), tmp_path / "third").n_tokens == 3
 
 
+def test_the_place_is_looked_at_before_anything_is_encoded(tmp_path, monkeypatch):
+    def never():
+        raise AssertionError("a document was read")
+        yield
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    monkeypatch.chdir(tmp_path / "here")
+    for place, words in ((".", "in use"), ("../file/x", "cannot be written"), ("../round", "already exists")):
+        with pytest.raises(UserError, match=words):
+            write_tokens(never(), BytesTokenizer(), place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "here", "round"]
+
+
+def test_a_link_to_a_place_that_is_free_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "new"):
+        (tmp_path / f"to-{target}").symlink_to(target)
+        assert write_tokens(["a"], BytesTokenizer(), tmp_path / f"to-{target}").n_tokens == 3
+        assert TokenFile(tmp_path / target).n_tokens == 3
+
+
+def test_documents_without_an_id_leave_nothing(tmp_path):
+    class Silent(Bare):
+        def encode(self, text, *, bos=False, eos=False):
+            return []
+
+    with pytest.raises(UserError, match="made no ids of 3 bytes"):
+        write_tokens(["abc"], Silent(), tmp_path / "shard")
+    assert not list(tmp_path.iterdir())
+
+
+def swap_bounds(folder):
+    bounds = np.load(folder / "documents.npy")
+    bounds[[1, 2]] = bounds[[2, 1]]
+    np.save(folder / "documents.npy", bounds)
+
+
 def edit_meta(**changes):
     def edit(folder):
         meta = json.loads((folder / "meta.json").read_text())
@@ -89,7 +131,15 @@ def edit_meta(**changes):
         (edit_meta(version=99), "version 99"),
         (edit_meta(dtype="float64"), "damaged"),
         (lambda f: (f / "tokens.bin").write_bytes((f / "tokens.bin").read_bytes()[:-1]), "meta.json says"),
+        (edit_meta(n_tokens="abc"), "damaged .*n_tokens is 'abc'"),
+        (edit_meta(n_tokens=math.inf), "damaged .*n_tokens is inf"),
+        (edit_meta(vocab_size=-5), "damaged .*vocab_size is -5"),
+        (lambda f: (f / "meta.json").write_text("[" * 100_000), "damaged .*RecursionError"),
         (lambda f: (f / "tokens.bin").unlink(), "has 0 bytes"),
+        (lambda f: (f / "documents.npy").write_bytes(b""), "documents.npy"),
+        (lambda f: np.savez((f / "documents.npy").open("wb"), a=np.arange(3)), "does not fit"),
+        (lambda f: (f / "documents.npy").write_bytes(b"PK\x03\x04 no archive"), "documents.npy"),
+        (swap_bounds, "does not fit"),
         (lambda f: (f / "documents.npy").unlink(), "documents.npy"),
         (lambda f: (f / "documents.npy").write_bytes(b"no array"), "documents.npy"),
         (lambda f: np.save(f / "documents.npy", np.arange(3)), "does not fit"),
@@ -109,6 +159,32 @@ def test_a_flipped_bit_is_found(shard):
     (shard.path / "tokens.bin").write_bytes(data)
     with pytest.raises(UserError, match="changed"):
         TokenFile(shard.path).verify()
+
+
+def move_a_bound(folder):
+    bounds = np.load(folder / "documents.npy")
+    bounds[1] -= 2
+    np.save(folder / "documents.npy", bounds)
+
+
+def test_a_moved_bound_is_found_and_changes_the_fingerprint(shard):
+    before = Batches(shard, 1, 8, 0).fingerprint()
+    move_a_bound(shard.path)
+    with pytest.raises(UserError, match=r"documents.npy has changed"):
+        TokenFile(shard.path).verify()
+    edit_meta(documents_sha256="of the other bounds")(shard.path)
+    assert Batches(TokenFile(shard.path), 1, 8, 0).fingerprint() != before
+
+
+def test_a_shard_from_before_there_was_a_hash_of_the_bounds_keeps_its_fingerprint(shard):
+    meta = json.loads((shard.path / "meta.json").read_text())
+    del meta["documents_sha256"]
+    (shard.path / "meta.json").write_text(json.dumps(meta))
+    old = TokenFile(shard.path)
+    old.verify()
+    parts = ["windows", old.tokens_sha256, old.tokenizer_sha256, 8, 0]
+    assert Batches(old, 1, 8, 0).fingerprint() == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    assert TokenShards([shard.path]).documents_sha256 is None
 
 
 def test_tokenizers_are_told_apart():

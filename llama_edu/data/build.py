@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from llama_edu.data.sources import Document
+from llama_edu.data.sources import Document, _expanded
 from llama_edu.data.tokens import TokenFile, TokenShards, _sync, _write_shard, n_bytes, tokenizer_hash
 from llama_edu.errors import UserError
 
@@ -67,7 +67,7 @@ def write_shards(
         raise UserError(f"shard_bytes is {shard_bytes}; it must be 1 or larger")
     if workers is not None and workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or larger")
-    out = Path(out_dir).expanduser()
+    out = _expanded(out_dir)
     settings = {"version": VERSION, "shard_bytes": shard_bytes, "tokenizer_sha256": tokenizer_hash(tokenizer)}
     bar: Any = nullcontext()
     if progress:
@@ -125,7 +125,9 @@ def unfinished(folder: Path) -> str | None:
         return f"the shards in {folder} are unfinished: run the same build again, it goes on where it was"
     try:
         names = json.loads((folder / "index.json").read_text())["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{folder / 'index.json'} is damaged ({type(error).__name__}); run the same build again"
     gone = [name for name in names if not (folder / name / "meta.json").exists()]
     return f"{folder / gone[0]} is missing; run the same build again to make it" if gone else None
@@ -194,7 +196,9 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     if record.exists():
         try:
             found = json.loads(record.read_text())
-        except ValueError as error:
+            if not isinstance(found, dict):
+                raise TypeError
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{record} is damaged; remove the folder and build again") from error
         for key, value in settings.items():
             if found.get(key) != value:

@@ -8,7 +8,6 @@ __doc__ = "A weighted mixture of sources, by sequence number: exact shares, chan
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,10 +64,11 @@ def check_weights(weights: Mapping[str, Any], known: Sequence[str]) -> list[floa
         UserError: a name is unknown, a weight is no number from 0 to 1, or they do not sum to 1.
     """
     if missing := [name for name in weights if name not in known]:
-        raise UserError(f"the mixture has a weight for {missing[0]!r}, but its sources are {', '.join(known)}")
+        names = ", ".join(map(str, known))
+        raise UserError(f"the mixture has a weight for {missing[0]!r}, but its sources are {names}")
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
-            raise UserError(f"the weight of {name!r} is {weight!r}; it must be a number, 0 or larger")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e300:
+            raise UserError(f"the weight of {name!r} is {weight!r:.40}; it must be a number, 0 or larger")
     total = sum(weights.values())
     if abs(total - 1) > 1e-6:
         way_out = f"; divide each by {total:g}" if total > 0 else ""

@@ -120,7 +120,7 @@ class PackedSequences:
     def fingerprint(self, until: int | None = None) -> str:
         """sha256 of all that fixes the sequences: the tokens, their tokenizer, the length and the seed."""
         file = self.token_file
-        parts = ("packed", file.tokens_sha256, file.tokenizer_sha256, self.seq_len, self.seed)
+        parts = ("packed", *file.content_sha256, file.tokenizer_sha256, self.seq_len, self.seed)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

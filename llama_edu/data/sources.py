@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def held_out(documents: Iterable[Document], *, fraction: float = 0.05, max_bytes
     """Put a share of the text aside, the same share every time.
 
     Twenty documents or more are split by document, chosen by a hash of the name, so that no document is on both sides
-    and adding one moves no other. Fewer are each cut near their end, at a line break where there is one.
+    and adding one moves no other. Fewer are each cut near their end, at a line break where there is one within a tenth
+    of the share.
 
     Args:
         fraction: share that is put aside.
@@ -93,7 +95,8 @@ def held_out(documents: Iterable[Document], *, fraction: float = 0.05, max_bytes
     for document in documents:
         if len(documents) < 20:
             cut = max(int(len(document.text) * (1 - fraction)), len(document.text) - max_bytes // len(documents))
-            cut = document.text.rfind("\n", cut // 2, cut) + 1 or cut
+            share = len(document.text) - cut
+            cut = document.text.rfind("\n", max(cut - share // 10, 0), cut) + 1 or cut
             train.append(Document(document.text[:cut], document.name))
             aside.append(Document(document.text[cut:], document.name))
             continue
@@ -146,8 +149,18 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return next((f for f in FORMATS if name.endswith(f)), ""), compression
 
 
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{str(path)!r} begins with the home of a user whom this machine does not know; write the path in full, or "
+            f"./{path} where it is a name"
+        ) from error
+
+
 def _files(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
+    path = _expanded(spec)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffixes(p)[0])
         if not files:
@@ -163,6 +176,42 @@ def _files(spec: str) -> list[Path]:
     return files
 
 
+class _ZstdFrames(io.RawIOBase):
+    """What the frames of a zstd file hold, one after the other.
+
+    The reader of `zstandard` takes an end inside a frame for the end of the text, and goes no further than the first.
+    """
+
+    def __init__(self, raw: io.BufferedIOBase) -> None:
+        self._raw, self._input, self._output = raw, b"", memoryview(b"")
+        self._frame = self._next_frame()
+
+    @staticmethod
+    def _next_frame():
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while not self._output:
+            data = self._input or self._raw.read(512)  # small: five bytes may stand for a block of 128 KiB
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._next_frame()
+            self._output, self._input = memoryview(self._frame.decompress(data)), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        n = min(len(target), len(self._output))
+        target[:n], self._output = self._output[:n], self._output[n:]
+        return n
+
+
 @contextmanager
 def _open(path: Path, compression: str) -> Iterator[io.BufferedIOBase]:
     try:
@@ -170,17 +219,15 @@ def _open(path: Path, compression: str) -> Iterator[io.BufferedIOBase]:
             with gzip.open(path, "rb") as file:
                 yield file
         elif compression == ".zst":
-            import zstandard
-
-            with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as file:
-                yield io.BufferedReader(file)
+            with open(path, "rb") as raw:
+                yield io.BufferedReader(_ZstdFrames(raw))
         else:
             with open(path, "rb") as file:
                 yield file
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: permission denied") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path} is no whole gzip file: {error}") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is no whole {'zstd' if compression == '.zst' else 'gzip'} file: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("zstandard"):
             raise UserError(f"{path} is no whole zstd file: {error}") from error
@@ -213,34 +260,55 @@ def _decode(data: bytes, path: Path, line: int | None = None) -> str:
 
 
 def _row(line: bytes, path: Path, number: int, field: str) -> str:
+    content = _decode(line, path, number)
     try:
-        row = json.loads(_decode(line, path, number))
+        row = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}, line {number} cannot be read: its brackets are nested too deep") from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise UserError(f"{path}, line {number} cannot be read: it holds a number of too many digits") from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise UserError(f'{path}, line {number} has no text: a line is an object with a string under "{field}"')
-    return row[field]
+    text = row[field]
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path}, line {number} is no text that UTF-8 can hold: character {error.start} is "
+            f"U+{ord(text[error.start]):04X}, one half of a surrogate pair; mend the line or leave it out"
+        ) from error
+    return text
 
 
 def _parquet(path: Path, file: io.BufferedIOBase | None, field: str) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    content = path if file is None else pa.BufferReader(file.read())
     try:
-        table = pq.ParquetFile(path if file is None else pa.BufferReader(file.read()))
+        table = pq.ParquetFile(content)
         if field not in table.schema_arrow.names:
             raise UserError(f"{path} has no column {field!r}; its columns are {', '.join(table.schema_arrow.names)}")
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for text in batch.column(0).to_pylist():
+            try:
+                texts = batch.column(0).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8: one of the rows {number + 1} to {number + len(batch)} has a text with byte "
+                    f"0x{error.object[error.start]:02x} at offset {error.start}; convert it to UTF-8 or leave it out"
+                ) from error
+            for text in texts:
                 number += 1
                 if text is None:
                     continue
                 if not isinstance(text, str):
                     raise UserError(f"{path}: column {field!r} holds {type(text).__name__} values, not strings")
                 yield Document(text, f"{path.as_posix()}:{number}")
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file: {error}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable parquet file: {' '.join(str(error).split())}") from error
 
 
 def _hub(name: str, field: str) -> Iterator[Document]:

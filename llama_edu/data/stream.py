@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from llama_edu.data.build import unfinished
-from llama_edu.data.mixture import Mixture, check_weights
+from llama_edu.data.mixture import _FINE, BLOCK, Mixture, check_weights
 from llama_edu.data.packing import PackedSequences
+from llama_edu.data.sources import _expanded
 from llama_edu.data.tokens import Batch, Batches, TokenFile, TokenShards
 from llama_edu.errors import UserError
 
@@ -64,10 +65,10 @@ def open_tokens(where: Tokens) -> TokenFile:
         UserError: nothing is there, a build is unfinished, a shard is damaged, or two tokenizers wrote the shards.
     """
     if isinstance(where, (str, Path)):
-        folder = Path(where).expanduser()
+        folder = _expanded(where)
         shards = _shards(folder)
         return TokenFile(folder) if shards == [folder] else TokenShards(shards, folder)
-    return TokenShards([shard for one in where for shard in _shards(Path(one).expanduser())])
+    return TokenShards([shard for one in where for shard in _shards(_expanded(one))])
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -125,7 +126,7 @@ def read_spec(file: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read or holds no mixture.
     """
-    file = Path(file).expanduser()
+    file = _expanded(file)
     try:
         text = file.read_text()
         if file.suffix.lower() == ".json":
@@ -149,8 +150,18 @@ def read_spec(file: str | Path) -> dict[str, Any]:
     beside = lambda path: str(file.parent / path)
     move = lambda where: beside(where) if isinstance(where, str) else [beside(path) for path in where]
     if isinstance(spec.get("sources"), dict):
+        _check_places(spec["sources"])
         return {**spec, "sources": {name: move(where) for name, where in spec["sources"].items()}}
+    if wrong := [path for path in spec if not isinstance(path, str)]:
+        raise UserError(f"{file} has {wrong[0]!r} where a path is due; put the name of a folder into quotes")
     return {beside(path): weight for path, weight in spec.items()}
+
+
+def _check_places(sources: Mapping[str, Any]) -> None:
+    for name, where in sources.items():
+        places = where if isinstance(where, (list, tuple)) else [where]
+        if wrong := [place for place in places if not isinstance(place, (str, Path))]:
+            raise UserError(f"the source {name!r} of the mixture is {wrong[0]!r}; it must be a path or a list of paths")
 
 
 def _open_one(where: Tokens, seq_len: int, seed: int, packing: str) -> Batches | PackedSequences:
@@ -174,23 +185,35 @@ def _mixture(spec: Mapping[str, Any], seq_len: int) -> tuple[dict[str, Tokens], 
     if not isinstance(spec.get("sources"), Mapping):
         check_weights(spec, list(spec))
         return {str(path): str(path) for path in spec}, [(0, {str(p): w for p, w in spec.items()})]
-    if unknown := sorted(set(spec) - {"sources", "weights", "changes"}):
+    if unknown := sorted(set(spec) - {"sources", "weights", "changes"}, key=str):
         raise UserError(f"a mixture has no field {unknown[0]!r}; its fields are sources, weights, changes")
     paths, weights, changes = dict(spec["sources"]), spec.get("weights"), spec.get("changes", [])
     if not paths:
         raise UserError("the mixture is empty; give it at least one source and its weight")
+    _check_places(paths)
     if not isinstance(weights, Mapping):
         raise UserError("the mixture has no weights; give it a field 'weights' with a number for each source")
+    if not isinstance(changes, (list, tuple)):
+        raise UserError(f"the changes of the mixture are {changes!r}; they must be a list, which may be empty")
     phases, at = [(0, weights)], 0
     for change in changes:
         if not isinstance(change, Mapping) or set(change) != {"at", "weights"}:
             raise UserError(f"a change of the mixture has two fields, 'at' (tokens) and 'weights'; here is {change!r}")
+        if not isinstance(change["weights"], Mapping):
+            raise UserError(
+                f"a change of the mixture has the weights {change['weights']!r}; give it a number for each source"
+            )
         if (
             isinstance(change["at"], bool)
             or not isinstance(change["at"], (int, float))
             or change["at"] != change["at"] // 1
         ):
             raise UserError(f"a change of the mixture is at {change['at']!r}; it must be a whole number of tokens")
+        if change["at"] > (furthest := seq_len * (BLOCK << _FINE)):
+            raise UserError(
+                f"a change of the mixture is at {str(change['at'])[:40]}; a mixture of sequences of {seq_len} tokens "
+                f"ends at {furthest:,} tokens, so leave the change out"
+            )
         first = -(-int(change["at"]) // seq_len)
         if change["at"] <= at or first <= phases[-1][0]:
             raise UserError(

@@ -67,25 +67,30 @@ def write_tokens(documents: Iterable[str], tokenizer: Any, out_dir: str | Path, 
     Args:
         documents: texts; empty ones are left out.
         tokenizer: has `encode`, `decode_bytes`, `n_vocab` and `special_tokens`; `bos_id` and `eos_id`, ids or None.
-        out_dir: the shard; must not exist yet, or be an empty folder.
+        out_dir: the shard; must not exist yet, or be an empty folder, but not the one the program runs in.
         progress: show a progress bar.
 
     Raises:
-        UserError: `out_dir` is taken, or there is no text.
+        UserError: `out_dir` is taken or cannot be written to, or there is no text. The place is looked at first.
     """
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists and is not an empty folder; choose another place for the tokens")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out = Path(os.path.realpath(out_dir))  # what is replaced at the end is a folder, not a link to it
+    try:
+        if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+            raise UserError(f"{out_dir} already exists and is not an empty folder; choose another place for the tokens")
+        if out == Path.cwd() or os.path.ismount(out):
+            raise UserError(f"{out} cannot be replaced while it is in use; name a new folder in it for the tokens")
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another place for the tokens") from error
     try:
         _write_shard(documents, tokenizer, partial, progress)
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return TokenFile(out)
+    return TokenFile(out_dir)
 
 
 def encoded(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, np.ndarray]]:
@@ -170,9 +175,13 @@ def _write_shard(
         _sync(file)
     if not total:
         raise UserError("there is no text to encode: no document holds a character")
-    with open(folder / "documents.npy", "wb") as file:
+    if not bounds[-1]:
+        raise UserError(f"the tokenizer made no ids of {total:,} bytes of text: there is nothing to write")
+    with open(folder / "documents.npy", "w+b") as file:
         np.save(file, np.frombuffer(bounds, dtype="<i8"))
         _sync(file)
+        file.seek(0)
+        documents_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     meta = {
         "version": _VERSION,
         "dtype": dtype.name,
@@ -182,6 +191,7 @@ def _write_shard(
         "vocab_size": tokenizer.n_vocab,
         "tokenizer_sha256": (extra or {}).get("tokenizer_sha256") or tokenizer_hash(tokenizer),
         "tokens_sha256": digest.hexdigest(),
+        "documents_sha256": documents_sha256,
         **(extra or {}),
     }
     with open(folder / "meta.json", "w") as file:
@@ -206,6 +216,7 @@ class TokenFile:
         vocab_size: ids are below this.
         tokenizer_sha256: `tokenizer_hash` of the tokenizer that wrote it.
         tokens_sha256: hash of `tokens.bin`.
+        documents_sha256: hash of `documents.npy`; None where an earlier version of this program, without it, wrote.
 
     Raises:
         UserError: the folder is no whole shard; the sentence says what is wrong.
@@ -221,28 +232,37 @@ class TokenFile:
             if meta["version"] != _VERSION:
                 raise UserError(f"{meta_file} is of version {meta['version']}; this program reads version {_VERSION}")
             dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
-            self.n_tokens, self.n_documents, self.n_bytes, self.vocab_size = (
-                int(meta[name]) for name in ("n_tokens", "n_documents", "n_bytes", "vocab_size")
-            )
+            counts = {name: meta[name] for name in ("n_tokens", "n_documents", "n_bytes", "vocab_size")}
+            for name, count in counts.items():
+                if not isinstance(count, int) or count < 1:
+                    raise TypeError(f"{name} is {count!r:.40}")
+            self.n_tokens, self.n_documents, self.n_bytes, self.vocab_size = counts.values()
             self.tokenizer_sha256, self.tokens_sha256 = str(meta["tokenizer_sha256"]), str(meta["tokens_sha256"])
-            self.text_sha256 = meta.get("text_sha256")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            self.documents_sha256, self.text_sha256 = (
+                None if meta.get(name) is None else str(meta[name]) for name in ("documents_sha256", "text_sha256")
+            )
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             fault = f"{type(error).__name__}: {error}"
             raise UserError(f"{meta_file} is damaged ({fault}); write the tokens again") from error
         self.tokens = self._map("tokens.bin", dtype)
         try:
             self.documents = np.load(self.path / "documents.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'documents.npy'} is damaged: {error}; write the tokens again") from error
+        except Exception as error:  # numpy has many ways to stumble over bytes that are no array
+            fault = " ".join(str(error).split())
+            raise UserError(f"{self.path / 'documents.npy'} is damaged: {fault}; write the tokens again") from error
         bounds = self.documents
         if (
-            bounds.shape != (self.n_documents + 1,)
+            not isinstance(bounds, np.ndarray)  # numpy opens archives of arrays too
+            or bounds.shape != (self.n_documents + 1,)
             or bounds.dtype != np.int64
             or (bounds[0], bounds[-1])
             != (
                 0,
                 self.n_tokens,
             )
+            or (bounds[1:] < bounds[:-1]).any()
         ):
             raise UserError(f"{self.path / 'documents.npy'} does not fit meta.json; write the tokens again")
         self._ids, self._bounds = np.asarray(self.tokens), np.asarray(self.documents)  # quicker to slice than a memmap
@@ -261,12 +281,24 @@ class TokenFile:
         return f"{type(self).__name__}({str(self.path)!r}: {self.n_tokens:,} tokens in {self.n_documents:,} documents)"
 
     def verify(self) -> None:
-        """Read every token and compare with the hash. Raises UserError where a byte has changed."""
+        """Read every token and compare with the hashes. Raises UserError where a byte has changed."""
         digest = hashlib.sha256()
         for start in range(0, self.n_tokens, _FLUSH_BYTES):
             digest.update(np.ascontiguousarray(self.tokens[start : start + _FLUSH_BYTES]).data)
         if digest.hexdigest() != self.tokens_sha256:
             raise UserError(f"{self.path / 'tokens.bin'} has changed since it was written; write the tokens again")
+        if self.documents_sha256 is not None:
+            with open(self.path / "documents.npy", "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self.documents_sha256:
+                raise UserError(
+                    f"{self.path / 'documents.npy'} has changed since it was written; write the tokens again"
+                )
+
+    @property
+    def content_sha256(self) -> list[str]:
+        """The hashes of the tokens and, where there is one, of the documents' bounds."""
+        return [self.tokens_sha256] if self.documents_sha256 is None else [self.tokens_sha256, self.documents_sha256]
 
     def bounds(self) -> Int[np.ndarray, " ends"]:
         """Where each document begins, and the end."""
@@ -331,6 +363,8 @@ class TokenShards(TokenFile):
         self.vocab_size, self.tokenizer_sha256 = first.vocab_size, first.tokenizer_sha256
         hashes = "\n".join(shard.tokens_sha256 for shard in self.shards)
         self.tokens_sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        hashes = [shard.documents_sha256 for shard in self.shards]
+        self.documents_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest() if any(hashes) else None
         self._token_starts = np.cumsum([0, *(shard.n_tokens for shard in self.shards)])
         self._document_starts = np.cumsum([0, *(shard.n_documents for shard in self.shards)])
 
@@ -433,7 +467,7 @@ class Batches:
     def fingerprint(self, until: int | None = None) -> str:
         """sha256 of all that fixes the sequences: the tokens, their tokenizer, the length and the seed."""
         file = self.token_file
-        parts = ("windows", file.tokens_sha256, file.tokenizer_sha256, self.seq_len, self.seed)
+        parts = ("windows", *file.content_sha256, file.tokenizer_sha256, self.seq_len, self.seed)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
