@@ -15,6 +15,7 @@ import pytest
 
 from llama_edu.cli.main import VERBS, run
 from llama_edu.errors import UserError
+from llama_edu.tokenizer import BPETokenizer
 
 SMALL = ["--vocab-size", "300", "--dim", "32", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2"]
 SMALL += ["--seq-len", "32", "--batch-size", "4", "--steps", "20"]
@@ -254,3 +255,32 @@ def test_a_tour_of_shakespeare(data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     scores = {name: float(bits) for bits, name in re.findall(r"^  (\d\.\d{3})  (.+)$", done.stdout, re.M)}
     assert scores["this model"] < scores["unigram model over the same tokens"]
+
+
+def test_no_tokenizer_is_written_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"a model's")
+    for options, words in (
+        ([], "tokenizer.model exists already: name another file"),
+        (["--out", "none/t.model"], "there is no folder none"),
+        (["--out", "t.model", "--text", "a"], "cuts no text"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(["tokenize", "--train", "builtin", "--vocab-size", "300", *options])
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("tokenizer.model", b"a model's")]
+
+
+def test_a_tour_that_cannot_be_claims_no_folder(tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text(TEXT)
+    with pytest.raises(UserError, match="vocab_size is 100"):
+        run(["tour", "--data", str(text), "--out", str(tmp_path / "out"), "--vocab-size", "100"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_that_is_no_text_is_one_sentence(tmp_path):
+    BPETokenizer.train([TEXT], 300).save(tmp_path / "t.model")
+    command = [sys.executable, "-m", "llama_edu.cli.main", "tokenize", "--model", str(tmp_path / "t.model")]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, env=env, timeout=300)
+    assert done.returncode == 2 and b"byte 0xe9" in done.stderr and b"Traceback" not in done.stderr

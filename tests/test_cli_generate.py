@@ -247,6 +247,9 @@ def test_other_tokenizers(tmp_path, instruct, monkeypatch, capsys):
     make_model(300).save_pretrained(tmp_path)
     pieces.save(tmp_path / "tokenizer.model")
     assert isinstance(text_model.load_tokenizer(tmp_path), SentencePieceTokenizer)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "byte_fallback": True}}))
+    assert isinstance(text_model.load_tokenizer(tmp_path), SentencePieceTokenizer)  # as in Llama 2's own folders
+    (tmp_path / "tokenizer.json").unlink()
     args = ("generate", "the river", "--max-new-tokens", 5, "--temperature", 0, "--model")
     for folder in (tmp_path, instruct):
         assert say(monkeypatch, capsys, *args, folder)[1] == expected(folder, "the river", 5) + "\n"
@@ -455,3 +458,19 @@ def test_a_real_ctrl_c_in_the_middle_of_an_answer(tmp_path):
 def test_mistakes_of_chat(base, args, words):
     with pytest.raises(UserError, match=words):
         run(["chat", "--model", str(base), *args])
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "n" * 300])
+def test_a_name_that_cannot_be_saved_to_ends_no_conversation(instruct, tmp_path, name):
+    conversation = open_chat(instruct)
+    with pytest.raises(UserError, match="was not written"):
+        chat_module.save(conversation, str(tmp_path / name) if not name.startswith("~") else name)
+
+
+def test_a_bad_line_takes_no_other_lines_with_it(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9\ntwo\r\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert chat_module.read_line(False) == "one"
+    with pytest.raises(UserError, match="no UTF-8"):
+        chat_module.read_line(False)
+    assert [chat_module.read_line(False) for _ in range(2)] == ["two", None]

@@ -83,3 +83,18 @@ def test_own_model_and_own_gpu(tmp_path, capsys):
 def test_mistakes_are_sentences(change, words):
     with pytest.raises(UserError, match=words):
         plan(**{**ROW, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seq_len": 0}, "seq_len is 0"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"batch_per_dp": 0}, "batch_per_dp is 0"),
+        ({"tokens": float("nan")}, "tokens is nan"),
+    ],
+)
+def test_numbers_that_no_plan_has_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        plan(**{"model": "llama-3.1-8b", "gpus": 8, "batch_tokens": 2**20, **options})

@@ -71,3 +71,14 @@ def test_mistakes_are_told(place, arguments, words, monkeypatch):
         arguments = {**arguments, "check": Path(arguments["check"])}
     with pytest.raises(UserError, match=words):
         data(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"tokens": float("nan")}, "--tokens is nan"), ({"tokens": -5}, "--tokens is -5")]
+    + [({"seq_len": 0}, "--seq-len is 0")]
+    + [({"shard_mb": float(x)}, f"--shard-mb is {x}") for x in ("nan", "inf", "0")],
+)
+def test_numbers_without_a_meaning_are_refused_at_once(tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        data(check=tmp_path / "nowhere", **options)

@@ -90,3 +90,12 @@ def test_one_method_is_enough(tmp_path, capsys):
     assert fit(path, bootstrap=0, figure=tmp_path / "f.png") == 0
     out = capsys.readouterr().out
     assert "No parabolas" in out and re.search(r"alpha +0\.34", out)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"), [(b"1e18,\xe9,2\n", "byte 0xe9"), (b"1e18,1e8," + b"2" * 200_000 + b"\n", "field larger")]
+)
+def test_a_file_that_is_no_csv_is_one_sentence(tmp_path, row, words):
+    (tmp_path / "t.csv").write_bytes(b"flops,params,loss\n" + row)
+    with pytest.raises(UserError, match=words):
+        fit(tmp_path / "t.csv")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama_edu import KVCache, generate
-from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, sampling
+from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, print_anything, sampling
 from llama_edu.errors import UserError
 from llama_edu.generation import Sampler
 from llama_edu.tokenizer import ChatFormat
@@ -68,6 +68,9 @@ def chat(
         raise UserError(str(error)) from None
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if sys.stdin is None:
+        raise UserError("standard input is closed: a conversation needs a terminal, or lines on standard input")
+    print_anything()
     folder = load(model, dtype, device)
     if context is not None and not 16 <= context <= folder.context:
         raise UserError(f"context is {context}; it must be from 16 to the model's own, {folder.context}")
@@ -120,7 +123,9 @@ def read_line(terminal: bool) -> str | None:
     try:
         if terminal:
             return input("> ")
-        line = sys.stdin.readline()
+        # Decoded line by line: a text stream decodes many lines at once, and one bad byte would take them all.
+        raw = getattr(sys.stdin, "buffer", sys.stdin).readline()
+        line = raw if isinstance(raw, str) else raw.decode("utf-8").replace("\r\n", "\n")
     except EOFError:
         print()
         return None
@@ -166,16 +171,20 @@ def save(conversation: Conversation, file: str) -> None:
     """Write the conversation as a list of messages. A file that this conversation did not write is left alone."""
     if not file:
         raise UserError("/save needs the name of a file")
-    path = Path(file).expanduser()
-    if path.exists() and path.resolve() not in conversation.saved:
-        raise UserError(f"{path} exists already: choose another name")
-    temporary = path.with_name(path.name + ".tmp")
+    path = Path(file)
     try:
-        temporary.write_text(json.dumps(conversation.messages(), indent=1, ensure_ascii=False) + "\n")
+        path = path.expanduser()
+        if path.exists() and path.resolve() not in conversation.saved:
+            raise UserError(f"{path} exists already: choose another name")
+        temporary = path.with_name(path.name + ".tmp")
+        text = json.dumps(conversation.messages(), indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} was not written: {error.strerror or error}") from None
-    conversation.saved.add(path.resolve())
+        conversation.saved.add(path.resolve())
+    except UserError:  # a ValueError, and a sentence already
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # ~nobody is a RuntimeError, a name with \0 a ValueError
+        raise UserError(f"{str(path)!r} was not written: {getattr(error, 'strerror', None) or error}") from None
     note(f"wrote {path}")
 
 

@@ -41,6 +41,12 @@ def data(
         seq_len: tokens in a sequence, for what --check tells of epochs.
         tokens: of a run, for what --check tells of epochs; 0: once through all there is.
     """
+    if not 0 <= tokens <= 1e18:
+        raise UserError(f"--tokens is {tokens:g}; it must be 0 (once through all there is) or larger, at most 1e18")
+    if seq_len < 1:
+        raise UserError(f"--seq-len is {seq_len}; it must be at least 1")
+    if not 0 < shard_mb < 1e9:
+        raise UserError(f"--shard-mb is {shard_mb:g}; it must be above 0 and below 1e9")
     if (source is None) == (check is None):
         raise UserError("give one of --source SOURCE (make shards of it) and --check FOLDER (look at shards)")
     if check is not None:

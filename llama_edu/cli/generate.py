@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from llama_edu import generate
-from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, sampling
+from llama_edu.cli.text_model import CacheDtype, Dtype, TextModel, cache_dtype, for_one, load, print_anything, sampling
 from llama_edu.errors import UserError
 from llama_edu.generation import ContinuousBatcher, Sampler
 
@@ -68,6 +68,7 @@ def generate_text(
         raise UserError(str(error)) from None
     text = prompt if text is None else text
     lines = [text] if text is not None else read_lines()
+    print_anything()
     folder = load(model, dtype, device)
     if len(lines) == 1:
         return one(folder, lines[0], max_new_tokens, options, cache)
@@ -76,6 +77,8 @@ def generate_text(
 
 def read_lines() -> list[str]:
     """The lines of standard input."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give a text")
     try:
         lines = sys.stdin.read().splitlines()
     except UnicodeDecodeError:

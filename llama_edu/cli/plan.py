@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import fields
 from json import dumps, loads
 from pathlib import Path
@@ -67,6 +68,12 @@ def plan(
     cfg, row = read_model(model), read_gpu(gpu)
     if gpus < 1:
         raise UserError(f"gpus is {gpus}; it must be at least 1")
+    counts = {"seq_len": seq_len, "micro_batch": micro_batch, "batch_tokens": batch_tokens}
+    for name, value in {**counts, "batch_per_dp": batch_per_dp, "top": top}.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if tokens is not None and not 0 < tokens < math.inf:
+        raise UserError(f"tokens is {tokens:g}; it must be a finite number above 0")
     if batch_tokens is not None and batch_per_dp is not None:
         raise UserError("batch_tokens and batch_per_dp say the same in two ways: give one of them")
     degrees = complete({"tp": tp, "cp": cp, "pp": pp, "dp": dp}, gpus)
@@ -153,6 +160,8 @@ def _read(path: Path) -> dict:
         content = loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read; a model or a GPU is one flat JSON object") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold one JSON object")
     return content

@@ -118,28 +118,35 @@ def read_table(path: Path, names: dict[str, str], where: tuple[str, ...] = ()) -
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        headers = {_bare(h): h for h in reader.fieldnames or []}
-        found = {role: headers[_bare(name)] for role, name in names.items() if _bare(name) in headers}
-        if "loss" not in found or len(found) < 3:
-            missing = [f"{role} (looked for {name!r})" for role, name in names.items() if role not in found]
-            raise UserError(
-                f"{path} lacks {', '.join(missing)}; its columns are {', '.join(reader.fieldnames or ['none'])}. "
-                "loss and two of flops, params, tokens are needed: name them with --loss, --params, ..."
-            )
-        keep = [_condition(w, headers) for w in where]
-        units = {role: _unit(header, role) for role, header in found.items()}
-        rows, refused = [], []
-        for row in reader:
-            if not all((row[header] or "").strip() == value for header, value in keep):
-                continue
-            numbers = {role: _number(row[header]) for role, header in found.items()}
-            bad = [f"{found[role]} is {row[found[role]]!r}" for role, value in numbers.items() if value is None]
-            if bad:
-                refused.append((reader.line_num, ", ".join(bad)))
-            else:
-                rows.append({role: value * units[role] for role, value in numbers.items()})
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            headers = {_bare(h): h for h in reader.fieldnames or []}
+            found = {role: headers[_bare(name)] for role, name in names.items() if _bare(name) in headers}
+            if "loss" not in found or len(found) < 3:
+                missing = [f"{role} (looked for {name!r})" for role, name in names.items() if role not in found]
+                raise UserError(
+                    f"{path} lacks {', '.join(missing)}; its columns are {', '.join(reader.fieldnames or ['none'])}. "
+                    "loss and two of flops, params, tokens are needed: name them with --loss, --params, ..."
+                )
+            keep = [_condition(w, headers) for w in where]
+            units = {role: _unit(header, role) for role, header in found.items()}
+            rows, refused = [], []
+            for row in reader:
+                if not all((row[header] or "").strip() == value for header, value in keep):
+                    continue
+                numbers = {role: _number(row[header]) for role, header in found.items()}
+                bad = [f"{found[role]} is {row[found[role]]!r}" for role, value in numbers.items() if value is None]
+                if bad:
+                    refused.append((reader.line_num, ", ".join(bad)))
+                else:
+                    rows.append({role: value * units[role] for role, value in numbers.items()})
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no UTF-8 text (byte 0x{error.object[error.start]:02x}): save it as CSV in UTF-8"
+        ) from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + 1}: {error}; is it a CSV file?") from None
     if not rows:
         raise UserError(f"{path} has no usable row{' with ' + ' and '.join(where) if where else ''}")
     columns = {role: np.array([row[role] for row in rows]) for role in found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,11 +70,18 @@ def find_device(name: str) -> torch.device:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model of Llama 1, 2 or 3."""
-    file = folder / "tokenizer.json"
-    if file.exists():
-        return BPETokenizer.from_hf(file)
+    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model of Llama 1, 2 or 3.
+
+    Llama 2's folders hold both; their tokenizer.json is of a kind that is not read here, and tokenizer.model is taken.
+    """
+    hf = folder / "tokenizer.json"
     file = next((f for f in (folder / "tokenizer.model", folder / "original" / "tokenizer.model") if f.exists()), None)
+    if hf.exists():
+        try:
+            return BPETokenizer.from_hf(hf)
+        except UserError:
+            if file is None:
+                raise
     if file is None:
         raise UserError(f"there is no tokenizer.json and no tokenizer.model in {folder}: a model needs its tokenizer")
     with file.open("rb") as f:
@@ -91,6 +99,12 @@ def stops(network: Transformer, tokenizer: Any) -> frozenset[int]:
     own = getattr(network, "generation_config", {}).get("eos_token_id")
     own = own if isinstance(own, list) else [own]
     return frozenset(special[name] for name in _ENDS if name in special) | {i for i in own if isinstance(i, int)}
+
+
+def print_anything() -> None:
+    """Let standard output write what its encoding lacks as \\u escapes: no character of an answer ends a program."""
+    if hasattr(sys.stdout, "reconfigure"):  # what replaces it in a test or a notebook may have none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def for_one(sentence: str) -> str:

@@ -109,11 +109,16 @@ def tour(
         checkpoint_every=max(1, steps // 10),
         seed=seed,
     )
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIAL)} special tokens need at least {least}"
+        )
     say = Steps(6)
 
     say(f"reading {data}")
     split = held_out(read_documents(data))
-    sizes = [sum(len(d.text.encode()) for d in part) for part in (split.train, split.held_out)]
+    sizes = [sum(n_bytes(d.text, data) for d in part) for part in (split.train, split.held_out)]
     print(
         f"      {len(split.train)} documents, {sizes[0]:,} bytes to learn from; {sizes[1]:,} bytes put aside",
         flush=True,
@@ -168,6 +173,28 @@ class Steps:
         print(f"[{self.done}/{self.total}] {what}", flush=True)
 
 
+def n_bytes(text: str, data: str) -> int:
+    """Length of a text in UTF-8. Raises UserError for a lone surrogate, which UTF-8 cannot say."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a text of {data} holds U+{ord(text[error.start]):04X} at character {error.start}, half of a pair "
+            "(a lone surrogate), which UTF-8 cannot write: mend or remove it"
+        ) from None
+
+
+def read_kept(file: Path) -> dict[str, Any]:
+    """A JSON object that an earlier run of this tour wrote."""
+    try:
+        kept = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object; remove its folder, or choose another --out")
+    return kept
+
+
 def claim(out: Path, settings: Settings, split: Split) -> None:
     """Make the folder this tour's own, or raise UserError where it holds another's."""
     fingerprint = hashlib.sha256()
@@ -178,7 +205,7 @@ def claim(out: Path, settings: Settings, split: Split) -> None:
     now = {**asdict(settings), "corpus_sha256": fingerprint.hexdigest()}
     file = out / "tour.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        before = read_kept(file)
         changed = [
             f"{key} {before.get(key)!r} (now {value!r})" for key, value in now.items() if before.get(key) != value
         ]
@@ -210,7 +237,7 @@ def make_tokens(path: Path, documents: list, tokenizer: BPETokenizer) -> TokenFi
 def make_baselines(path: Path, split: Split, shards: list[TokenFile]) -> dict[str, float]:
     """Bits per byte of the held-out text: counting tokens, and a compressor that has read the training text or not."""
     if path.exists():
-        return json.loads(path.read_text())
+        return read_kept(path)
     seen, new = ("\n".join(d.text for d in part).encode() for part in (split.train, split.held_out))
     seen = seen[-LZMA_WINDOW:]
     with tqdm(desc="lzma", total=2 * (len(seen) + len(new)), unit="B", unit_scale=True, disable=None) as bar:
