@@ -438,3 +438,10 @@ def test_kernels_get_no_bounds_beyond_the_bytes(tok, data, bounds):
 def test_as_many_counts_as_words():
     with pytest.raises(ValueError, match="3 counts for 2 words"):
         WordCounts().add(np.frombuffer(b"abcd", np.uint8), np.array([0, 2, 4]), np.ones(3, np.int64))
+
+
+@pytest.mark.parametrize(("name", "words"), [("", "has no name"), ("<\ud83d>", "lone surrogate")])
+def test_names_of_special_tokens_that_no_text_can_hold_are_refused(tok, name, words):
+    with pytest.raises(UserError, match=words):
+        BPETokenizer(tok.ranks, special_tokens={name: len(tok.ranks)})
+    assert BPETokenizer(tok.ranks, special_tokens={"\t\t": len(tok.ranks)}).encode("\t\t", allowed_special=["\t\t"])

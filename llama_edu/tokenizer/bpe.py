@@ -288,8 +288,10 @@ def _check(ranks: dict[bytes, int], special: dict[str, int], ends: tuple[str | N
         raise UserError(f"special tokens need ids of their own, {len(ranks)} or larger")
     if ids and max(ids) >= len(ranks) + MOST_BEHIND:
         raise UserError(f"the special id {max(ids)} is too far behind {len(ranks)} ranks: at most {MOST_BEHIND:,} fit")
-    if wrong := [name for name in special if not name or not name.isprintable()]:
-        raise UserError(f"a special token has the name {wrong[0]!r}; it needs printable characters")
+    if "" in special:
+        raise UserError("a special token has no name; it needs a character or more, to be found in a text")
+    for name in special:
+        to_bytes(name)
     for name in ends:
         if name is not None and name not in special:
             raise UserError(f"{name!r} is to begin or end texts, but is no special token of this tokenizer")
