@@ -118,7 +118,7 @@ def tour(
 
     say(f"reading {data}")
     split = held_out(read_documents(data))
-    sizes = [sum(n_bytes(d.text, data) for d in part) for part in (split.train, split.held_out)]
+    sizes = [sum(len(d.text.encode()) for d in part) for part in (split.train, split.held_out)]
     print(
         f"      {len(split.train)} documents, {sizes[0]:,} bytes to learn from; {sizes[1]:,} bytes put aside",
         flush=True,
@@ -171,17 +171,6 @@ class Steps:
     def __call__(self, what: str) -> None:
         self.done += 1
         print(f"[{self.done}/{self.total}] {what}", flush=True)
-
-
-def n_bytes(text: str, data: str) -> int:
-    """Length of a text in UTF-8. Raises UserError for a lone surrogate, which UTF-8 cannot say."""
-    try:
-        return len(text.encode())
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"a text of {data} holds U+{ord(text[error.start]):04X} at character {error.start}, half of a pair "
-            "(a lone surrogate), which UTF-8 cannot write: mend or remove it"
-        ) from None
 
 
 def read_kept(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from llama_edu.data.sources import Document, _expanded
+from llama_edu.data.sources import Document, expanded
 from llama_edu.data.tokens import TokenFile, TokenShards, _sync, _write_shard, n_bytes, tokenizer_hash
 from llama_edu.errors import UserError
 
@@ -67,7 +67,7 @@ def write_shards(
         raise UserError(f"shard_bytes is {shard_bytes}; it must be 1 or larger")
     if workers is not None and workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or larger")
-    out = _expanded(out_dir)
+    out = expanded(out_dir)
     settings = {"version": VERSION, "shard_bytes": shard_bytes, "tokenizer_sha256": tokenizer_hash(tokenizer)}
     bar: Any = nullcontext()
     if progress:

@@ -149,7 +149,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return next((f for f in FORMATS if name.endswith(f)), ""), compression
 
 
-def _expanded(path: str | Path) -> Path:
+def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -160,7 +160,7 @@ def _expanded(path: str | Path) -> Path:
 
 
 def _files(spec: str) -> list[Path]:
-    path = _expanded(spec)
+    path = expanded(spec)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _suffixes(p)[0])
         if not files:

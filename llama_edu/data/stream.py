@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from llama_edu.data.build import unfinished
 from llama_edu.data.mixture import _FINE, BLOCK, Mixture, check_weights
 from llama_edu.data.packing import PackedSequences
-from llama_edu.data.sources import _expanded
+from llama_edu.data.sources import expanded
 from llama_edu.data.tokens import Batch, Batches, TokenFile, TokenShards
 from llama_edu.errors import UserError
 
@@ -65,10 +65,10 @@ def open_tokens(where: Tokens) -> TokenFile:
         UserError: nothing is there, a build is unfinished, a shard is damaged, or two tokenizers wrote the shards.
     """
     if isinstance(where, (str, Path)):
-        folder = _expanded(where)
+        folder = expanded(where)
         shards = _shards(folder)
         return TokenFile(folder) if shards == [folder] else TokenShards(shards, folder)
-    return TokenShards([shard for one in where for shard in _shards(_expanded(one))])
+    return TokenShards([shard for one in where for shard in _shards(expanded(one))])
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -126,7 +126,7 @@ def read_spec(file: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read or holds no mixture.
     """
-    file = _expanded(file)
+    file = expanded(file)
     try:
         text = file.read_text()
         if file.suffix.lower() == ".json":

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Exercise", "all_exercises", "exercise", "progress_file", "solved"]
+__all__ = ["Exercise", "all_exercises", "exercise", "ignored_argument", "progress_file", "solved"]
 
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 
@@ -104,6 +104,14 @@ def exercise(*, lesson: str, level: int, minutes: int) -> Callable[[Callable], E
         return made
 
     return wrap
+
+
+def ignored_argument(first: dict, second: dict, right: Callable[[dict], bool]) -> str | None:
+    """Which argument an attempt that is right for `first` does not use: they get the values of `second` in turn."""
+    for name, value in second.items():
+        if not right(first | {name: value}):
+            return f"Right for one value of `{name}`, wrong for another: the argument `{name}` seems to be ignored."
+    return None if right(second) else "Right for one set of arguments, wrong for another: do not write in constants."
 
 
 def all_exercises() -> list[Exercise]:

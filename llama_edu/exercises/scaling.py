@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from llama_edu.exercises import exercise
+from llama_edu.exercises import exercise, ignored_argument
 
 __all__ = ["check_compute_optimal", "check_huber_objective", "check_parabola_vertex"]
 
@@ -16,14 +14,6 @@ SIZES = np.array([1.1e7, 2.0e7, 4.3e7, 9.0e7, 1.5e8, 3.2e8])
 def _close(a: object, b: object, tolerance: float = 1e-6) -> bool:
     a, b = np.asarray(a, float), np.asarray(b, float)
     return a.shape == b.shape and bool(np.allclose(a, b, rtol=tolerance, atol=0))
-
-
-def _ignored(first: dict, second: dict, right: Callable[[dict], bool]) -> str | None:
-    """Which argument an attempt that is right for `first` does not use: they get the values of `second` in turn."""
-    for name, value in second.items():
-        if not right(first | {name: value}):
-            return f"Right for one value of `{name}`, wrong for another: the argument `{name}` seems to be ignored."
-    return None if right(second) else "Right for one set of arguments, wrong for another: do not write in constants."
 
 
 @exercise(lesson="32_scaling_laws", level=1, minutes=5)
@@ -71,7 +61,7 @@ def check_compute_optimal(attempt) -> str | None:
     ratio = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
     right = _split(A, B, alpha, beta, flops)[0]
     if _close((n, d), (right, flops / 6 / right)):
-        return _ignored(
+        return ignored_argument(
             {"A": A, "B": B, "alpha": alpha, "beta": beta, "flops": flops},
             {"A": 150.0, "B": 900.0, "alpha": 0.45, "beta": 0.25, "flops": 3e19},
             lambda given: _close([float(v) for v in attempt(*given.values())], _split(**given)),
@@ -132,7 +122,7 @@ def check_huber_objective(attempt) -> str | None:
         names = ("A", "B", "E", "alpha", "beta", "params", "tokens", "loss", "delta")
         other = (300.0, 500.0, 1.9, 0.3, 0.33, SIZES * 1.5, tokens * 2, loss[::-1] * 1.01, 3e-3)
         first = dict(zip(names, (*constants, SIZES, tokens, loss, delta)))
-        return _ignored(first, dict(zip(names, other)), agrees)
+        return ignored_argument(first, dict(zip(names, other)), agrees)
     wrong = {
         "You took the mean. It is so small that an optimiser with ordinary tolerances stops at once: take the sum.": (
             huber(residual).mean()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from llama_edu.exercises import exercise
+from llama_edu.exercises import exercise, ignored_argument
 
 __all__ = [
     "check_adamw",
@@ -114,7 +113,7 @@ def check_warmup_cosine(attempt) -> str | None:
             given = f"peak {peak}, final {final}, warmup {warmup}, steps {steps}"
             return f"With {given}, step {step} has rate {value:.4f}; yours is {rates[step]:.4f}."
     curve = lambda rate, given: torch.tensor([float(rate(s, **given)) for s in range(1, given["steps"] + 1)])
-    return _ignored(
+    return ignored_argument(
         {"peak": peak, "final": final, "warmup": warmup, "steps": steps},
         {"peak": 5.0, "final": 1.0, "warmup": 20, "steps": 60},
         lambda given: torch.allclose(curve(lambda s, **g: attempt(s, *g.values()), given), curve(_rate, given)),
@@ -125,14 +124,6 @@ def _rate(step: int, peak: float, final: float, warmup: int, steps: int) -> floa
     if step < warmup:
         return peak * step / warmup
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
-def _ignored(first: dict, second: dict, right: Callable[[dict], bool]) -> str | None:
-    """Which argument an attempt that is right for `first` does not use: they get the values of `second` in turn."""
-    for name, value in second.items():
-        if not right(first | {name: value}):
-            return f"Right for one value of `{name}`, wrong for another: the argument `{name}` seems to be ignored."
-    return None if right(second) else "Right for one set of arguments, wrong for another: do not write in constants."
 
 
 @exercise(lesson="31_training", level=3, minutes=15)
@@ -203,7 +194,7 @@ def check_adamw(attempt) -> str | None:
         answer = attempt(*(t.clone() for t in tensors), *given.values())
         return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(answer, _adamw(*tensors, **given)))
 
-    return _ignored(first, second, agrees)
+    return ignored_argument(first, second, agrees)
 
 
 def _adamw(w, g, m, v, step, lr, beta1, beta2, eps, decay):
