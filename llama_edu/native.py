@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llama_edu import jit
@@ -65,9 +67,19 @@ def has_dots(kind: str) -> bool:
     return kind == "int8" and bool(has("avxvnni") or (has("avx512vnni") and has("avx512vl")))
 
 
+@cache
+def tile_instructions() -> bool:
+    """Whether machine code is made for this processor, and it multiplies whole tiles of bfloat16 numbers (AMX)."""
+    return has_dots("bfloat16") and bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
+
+
+@cache
 def has_tiles() -> bool:
-    """Whether the processor multiplies whole tiles of bfloat16 numbers (AMX), which only libraries make use of."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
+    """Whether a process may use `tile_instructions`: Linux keeps the registers of those only that ask for it."""
+    if not tile_instructions() or sys.platform != "linux":
+        return False
+    arch_prctl, request_permission, tiles = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tiles) == 0
 
 
 @intrinsic
@@ -85,6 +97,10 @@ def widen(typingctx, value):
 def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """The bits of the nearest bfloat16, ties to even, of a float32 or of each in a vector."""
     n = getattr(value.type, "count", None)
+    if n == LANES and has_dots("bfloat16"):  # one instruction, to which numbers below 1.2e-38 are 0, as to products
+        kind = ir.FunctionType(vector(I16), [vector(F32)])
+        convert = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+        return b.call(convert, [value])
     whole, half = (I32, I16) if n is None else (vector(I32, n), vector(I16, n))
     const = lambda number: ir.Constant(whole, number if n is None else [number] * n)
     bits = b.bitcast(value, whole)

@@ -239,11 +239,9 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     """Whether `attention_kernels` serve such numbers on this processor; numba is not imported for others."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
-    from llama_edu.native import has_dots, has_tiles
+    from llama_edu.native import has_dots
 
-    if dtype == torch.float32:
-        return has_dots("float32")
-    return has_dots("bfloat16") and not has_tiles()  # PyTorch's kernel multiplies by tiles where there are some
+    return has_dots(str(dtype)[6:])
 
 
 def _kernels(q: Tensor) -> ModuleType | None:

@@ -9,6 +9,10 @@ adds both products to a float32, so one side of a product lies in memory as pair
     scores  = q k^T          pairs along a row of k:    k turned, [pair, key]
     mixed   = weights v      pairs of keys:             v with two rows beside each other, [pair, feature]
     grad_v  = weights^T grad pairs of queries           (likewise grad, and the weights of two queries)
+
+Processors with AMX have an instruction for whole tiles: 16 rows of 16 pairs times 16 pairs of 16 columns, laid out in
+the same way. It wants pairs along the rows of its left side too, so there grad_v^T = grad^T weights takes the place of
+the last line. What is between the products is the same.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from llama_edu.native import (
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -34,9 +39,12 @@ from llama_edu.native import (
     broadcast,
     compiled,
     exp,
+    has_tiles,
     in_threads,
     largest,
+    narrow,
     splat,
+    tile_instructions,
     to_bf16,
     vector,
 )
@@ -118,6 +126,79 @@ def _tile(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added, co
         _product_16(a, a_at, a_row, a_step, b, b_at, b_row, out, o_at, o_row, n, added)
 
 
+@intrinsic
+def _set_tiles(typingctx, on):
+    """Make the registers of this thread eight tiles of 16 rows of 64 bytes, or give them back."""
+
+    def codegen(context, b, signature, args):
+        if tile_instructions():
+            form = bytearray(64)
+            form[0] = 1  # palette 1; then the bytes of a row and the rows of each tile
+            form[16:32], form[48:56] = (64).to_bytes(2, "little") * 8, bytes([16]) * 8
+            place = cgutils.global_constant(b, "llama_edu.tiles", cgutils.make_bytearray(form))
+            with b.if_else(args[0]) as (set_up, give_back):
+                with set_up:
+                    _call(b, "ldtilecfg", b.bitcast(place, I8.as_pointer()))
+                with give_back:
+                    _call(b, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(on), codegen
+
+
+def _call(b: ir.IRBuilder, name: str, *args: ir.Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.x86.{name}"), args)
+
+
+@intrinsic
+def _product_tiles(typingctx, a, a_at, a_row, b, b_at, b_row, out, o_at, o_row, n, added):
+    """`_product` of bfloat16 for i < 32, c < 32 and n a multiple of 16, of `a` with steps beside each other."""
+
+    def codegen(context, at, signature, args):
+        if not tile_instructions():
+            return context.get_dummy_value()
+        arrays = {i: context.make_array(signature.args[i])(context, at, args[i]).data for i in (0, 3, 6)}
+        numbers = [at.sext(v, I64) if v.type != I64 else v for v in (args[i] for i in (1, 2, 4, 5, 7, 8, 9))]
+        a_at, a_row, b_at, b_row, o_at, o_row, n = numbers
+        const, tile = (lambda v: ir.Constant(I64, v)), (lambda v: ir.Constant(I8, v))
+        place = lambda base, i: at.bitcast(at.gep(base, [i]), I8.as_pointer())
+        row_bytes = lambda row: at.mul(row, const(4))
+        cells = [(i, c) for i in range(2) for c in range(2)]  # tiles 0 to 3 hold sums, 4 and 5 a, 6 and 7 b
+        rows = [at.add(o_at, at.mul(o_row, const(16 * i))) for i in range(2)]
+        outs = [place(arrays[6], at.add(rows[i], const(16 * c))) for i, c in cells]
+        with at.if_else(args[10]) as (kept, new):
+            with kept:
+                for i, out in enumerate(outs):
+                    _call(at, "tileloadd64", tile(i), out, row_bytes(o_row))
+            with new:
+                for i in range(4):
+                    _call(at, "tilezero", tile(i))
+        left = [at.add(a_at, at.mul(a_row, const(16 * i))) for i in range(2)]
+        before = at.basic_block
+        loop, after = at.append_basic_block("loop"), at.append_basic_block("after")
+        at.branch(loop)
+        at.position_at_end(loop)
+        step = at.phi(I64)
+        step.add_incoming(const(0), before)
+        for i in range(2):
+            _call(at, "tileloadd64", tile(4 + i), place(arrays[0], at.add(left[i], step)), row_bytes(a_row))
+        here = at.add(b_at, at.mul(step, b_row))
+        for c in range(2):
+            _call(at, "tileloadd64", tile(6 + c), place(arrays[3], at.add(here, const(16 * c))), row_bytes(b_row))
+        for i, c in cells:
+            _call(at, "tdpbf16ps", tile(2 * i + c), tile(4 + i), tile(6 + c))
+        following = at.add(step, const(16))
+        step.add_incoming(following, loop)
+        at.cbranch(at.icmp_signed("<", following, n), loop, after)
+        at.position_at_end(after)
+        for i, out in enumerate(outs):
+            _call(at, "tilestored64", tile(i), out, row_bytes(o_row))
+        return context.get_dummy_value()
+
+    return types.void(a, a_at, a_row, b, b_at, b_row, out, o_at, o_row, n, added), codegen
+
+
 # The three products with the table of scores, in which row i of a block is query first + i and column j is key j. What
 # lies in the future of all rows of a tile is left out. `per` is how many keys or queries an entry holds.
 
@@ -149,6 +230,29 @@ def _gather(weights, row, per, b, d, sums, rows, first):
             i = max(0, j - first) // per
             n = (rows + per - 1) // per - i
             _tile(weights, i * row + j, 1, row, b, i * d + c, d, sums, j * d + c, d, n, True, d - c)
+
+
+@compiled
+def _scores_by_tiles(block, turned, n, out, wide, rows, first):
+    for i in range(0, rows, 32):
+        for j in range(0, first + i + 32, 32):
+            _product_tiles(block, i * n, n, turned, j, wide, out, i * wide + j, wide, n, False)
+
+
+@compiled
+def _mix_by_tiles(weights, row, b, d, out, rows, first):
+    for i in range(0, rows, 32):
+        for c in range(0, d, 32):
+            _product_tiles(weights, i * row, row, b, c, d, out, i * d + c, d, (first + i + 32) // 2, False)
+
+
+@compiled
+def _gather_by_tiles(weights, wide, turned, d, sums, rows, first):
+    """Add to sums[c, j], and not [j, c], from weights of a whole block of queries; turned[c] has number c of each."""
+    for j in range(0, first + rows, 32):
+        i, n = max(0, j - first) // 2, _QUERIES // 2
+        for c in range(0, d, 32):
+            _product_tiles(turned, c * n + i, n, weights, i * wide + j, wide, sums, c * wide + j, wide, n - i, True)
 
 
 # Loops that the compiler turns into vectors do up to 256 numbers a turn, and those left over one by one. A row of q has
@@ -202,20 +306,6 @@ def _store(typingctx, x, x_at, out, o_at, factor):
     return types.void(x, x_at, out, o_at, types.float32), codegen
 
 
-@intrinsic
-def _shorten_two(typingctx, x, even, odd, out, o_at):
-    """16 numbers of each of two rows of float32 as pairs of bfloat16 that stand one below the other."""
-
-    def codegen(context, b, signature, args):
-        rows = (b.load(_place(context, b, signature, args, 0, i, vector(F32)), align=4) for i in (1, 2))
-        low, high = (b.zext(to_bf16(b, row), vector(I32)) for row in rows)
-        pairs = b.or_(low, b.shl(high, splat(I32, 16)))
-        b.store(pairs, _place(context, b, signature, args, 3, 4, vector(I32)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(x, even, odd, out, o_at), codegen
-
-
 @compiled
 def _turn(x, out, width):
     """out[p, j] = pair p of row j of x, for products that sum along a row."""
@@ -232,13 +322,13 @@ def _turn(x, out, width):
 
 
 @compiled
-def _join_rows(x, first, last, nothing, out):
+def _join_rows(x, first, last, nothing, out, d):
     """out[i, c] = number c of rows first + 2i and first + 2i + 1 of x, for products that sum over rows."""
     half = x.shape[1]
     for i in range((last - first + 1) // 2):
         row = first + 2 * i
         for p in range(0, half, 8):
-            to = 2 * (i * half + p)
+            to = i * d + 2 * p
             if row + 1 < last:
                 _join(x[row], p, x[row + 1], p, out, to)
             else:
@@ -246,20 +336,26 @@ def _join_rows(x, first, last, nothing, out):
 
 
 @compiled
-def _copy(x, first, last, out):
-    half = x.shape[1]
+def _copy(x, first, last, out, row):
     for i in range(first, last):
-        for p in range(0, half, 8):
-            _move(x[i], p, out, (i - first) * half + p)
+        for p in range(0, x.shape[1], 8):
+            _move(x[i], p, out, (i - first) * row + p)
 
 
 @compiled
-def _write(x, out, first, last):
+def _write(x, row, out, first, last):
     """The other way: rows of float32 to rows first to last of out, as what it holds."""
-    d = out.shape[1]
     for i in range(first, last):
-        for c in range(0, d, LANES):
-            _store(x, (i - first) * d + c, out[i], c, np.float32(1))
+        for c in range(0, out.shape[1], LANES):
+            _store(x, (i - first) * row + c, out[i], c, np.float32(1))
+
+
+@compiled
+def _write_turned(x, row, out):
+    """Columns of float32 to the rows of out."""
+    for i in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            out[i, c] = narrow(x[c * row + i], out)
 
 
 @compiled
@@ -279,114 +375,186 @@ def _weigh(row, seen, scale):
 
 
 @compiled
+def _lean(row, slope, seen, scale):
+    """`_weigh`, and the gradient of what is not seen becomes 0. Returns 1 / the sum, and the mean gradient."""
+    row[seen:] = -np.inf
+    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
+    best, total, mean = largest(row) * scale, np.float32(0), np.float32(0)
+    for j in range(row.size):
+        e = exp(row[j] * scale - best)
+        row[j] = e
+        total += e
+        mean += e * slope[j]
+    row[seen:] = np.float32(0)
+    return np.float32(1) / total, mean / total
+
+
+@compiled
 def _slopes(row, slope, seen, scale):
     """From scores, and the gradient of the weights, to the weights and the gradient of the scores; in place."""
-    part, mean = np.float32(1) / _weigh(row, seen, scale), np.float32(0)
-    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
-    for j in range(row.size):
-        mean += row[j] * slope[j]
-    mean *= part
+    part, mean = _lean(row, slope, seen, scale)
     for j in range(row.size):
         row[j] *= part
         slope[j] = row[j] * (slope[j] - mean) * scale
 
 
+@intrinsic
+def _slopes_of_two(typingctx, scores, slopes, even, odd, parts, means, scale, short, weights, joined, at):
+    """The last loop of `_slopes` for 16 keys of two rows, in bfloat16.
+
+    The gradients of the scores go to places even and odd of `short` and, one below the other, to `joined`; the weights
+    only so, to `weights`. `parts` and `means` are of both rows.
+    """
+
+    def codegen(context, b, signature, args):
+        place = lambda array, at, kind: _place(context, b, signature, args, array, at, vector(kind))
+        scale, pairs = broadcast(b, args[6], LANES), []
+        for i in range(2):
+            part, mean = (broadcast(b, b.extract_value(args[n], i), LANES) for n in (4, 5))
+            weight = b.fmul(b.load(place(0, 2 + i, F32), align=4), part)
+            slope = b.fsub(b.load(place(1, 2 + i, F32), align=4), mean)
+            slope = to_bf16(b, b.fmul(b.fmul(weight, slope), scale))
+            b.store(slope, place(7, 2 + i, I16), align=2)
+            pairs.append([b.zext(x, vector(I32)) for x in (to_bf16(b, weight), slope)])
+        for array, low, high in zip((8, 9), *pairs):
+            b.store(b.or_(low, b.shl(high, splat(I32, 16))), place(array, 10, I32), align=4)
+        return context.get_dummy_value()
+
+    two = types.UniTuple(types.float32, 2)
+    return types.void(scores, slopes, even, odd, two, two, types.float32, short, weights, joined, at), codegen
+
+
 @compiled
-def _forward(taken, q, k, v, out, parts):
+def _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, weights, joined):
+    for i in range(0, _QUERIES, 2):
+        part, mean = (parts[i], parts[i + 1]), (means[i], means[i + 1])
+        for j in range(0, keys, LANES):
+            even, at = i * wide + j, i // 2 * wide + j
+            _slopes_of_two(scores, slopes, even, even + wide, part, mean, scale, short, weights, joined, at)
+
+
+@compiled
+def _forward(taken, tiles, q, k, v, out, parts):
     """q, k, v (batch, heads, seq, d / 2) in pairs -> out (batch, seq, heads, d), by threads that take heads in turn.
 
     Where these are few, every `parts`-th block of queries of a head is a unit of its own.
     """
     batch, heads, seq, half = q.shape
-    kv, d = k.shape[1], 2 * half
-    group, wide = heads // kv, (seq + 63) // 64 * 64
-    turned_k, joined_v = np.zeros(half * wide, np.uint32), np.zeros(wide // 2 * d, np.uint32)
-    block, scores = np.zeros(_QUERIES * half, np.uint32), np.zeros(_QUERIES * wide, np.float32)
+    kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
+    d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
+    turned_k, joined_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(wide // 2 * d, np.uint32)
+    block, scores = np.zeros(_QUERIES * d // 2, np.uint32), np.zeros(_QUERIES * wide, np.float32)
     weights, mixed = np.zeros(_QUERIES * wide // 2, np.uint32), np.zeros(_QUERIES * d, np.float32)
     short = weights.view(np.uint16)
     totals, nothing = np.zeros(_QUERIES, np.float32), np.zeros(8, np.uint32)
-    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
+    scale, one = np.float32(1 / np.sqrt(2 * half)), np.float32(1)
+    if tiles:
+        _set_tiles(True)
     while True:
         unit = atomic_add(taken, 0, 1)
         if unit >= batch * kv * parts:
-            return
+            break
         b, head, part = unit // parts // kv, unit // parts % kv, unit % parts
         _turn(k[b, head], turned_k, wide)
-        _join_rows(v[b, head], 0, seq, nothing, joined_v)
+        _join_rows(v[b, head], 0, seq, nothing, joined_v, d)
         for h in range(head * group, (head + 1) * group):
             for first in range(part * _QUERIES, seq, parts * _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
-                _copy(q[b, h], first, last, block)
-                _scores(block, turned_k, half, scores, wide, rows, first)
+                _copy(q[b, h], first, last, block, d // 2)
+                if tiles:
+                    _scores_by_tiles(block, turned_k, d // 2, scores, wide, rows, first)
+                else:
+                    _scores(block, turned_k, d // 2, scores, wide, rows, first)
                 for i in range(rows):
                     row, to = scores[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
                     totals[i] = _weigh(row, first + i + 1, scale)
                     for j in range(0, keys, LANES):
                         _store(row, j, to, j, one)
-                _mix(weights, wide // 2, 2, joined_v, d, mixed, rows, first)
+                if tiles:
+                    _mix_by_tiles(weights, wide // 2, joined_v, d, mixed, rows, first)
+                else:
+                    _mix(weights, wide // 2, 2, joined_v, d, mixed, rows, first)
                 for i in range(rows):
                     to, factor = out[b, first + i, h], np.float32(1) / totals[i]
-                    for c in range(0, d, LANES):
+                    for c in range(0, to.size, LANES):
                         _store(mixed, i * d + c, to, c, factor)
+    if tiles:
+        _set_tiles(False)
 
 
 @compiled
-def _backward(taken, grad, q, k, v, grad_q, grad_k, grad_v):
+def _backward(taken, tiles, grad, q, k, v, grad_q, grad_k, grad_v):
     """As `_forward`, from the gradient of its output; grad_k and grad_v are (batch, kv heads, seq, d)."""
     batch, heads, seq, half = q.shape
-    kv, d = k.shape[1], 2 * half
-    group, wide = heads // kv, (seq + 63) // 64 * 64
-    turned_k, turned_v = np.zeros(half * wide, np.uint32), np.zeros(half * wide, np.uint32)
+    kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
+    d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
+    turned_k, turned_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(d // 2 * wide, np.uint32)
     joined_k = np.zeros(wide // 2 * d, np.uint32)
-    q_block, g_block = np.zeros(_QUERIES * half, np.uint32), np.zeros(_QUERIES * half, np.uint32)
-    joined_q, joined_g = np.zeros(_QUERIES * half, np.uint32), np.zeros(_QUERIES * half, np.uint32)
+    q_block, g_block = np.zeros(_QUERIES * d // 2, np.uint32), np.zeros(_QUERIES * d // 2, np.uint32)
+    joined_q, joined_g = np.zeros((_QUERIES // 2, d), np.uint32), np.zeros((_QUERIES // 2, d), np.uint32)
+    turned_q, turned_g = np.zeros(joined_q.size, np.uint32), np.zeros(joined_g.size, np.uint32)
     scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
     short_slopes = np.zeros(_QUERIES * wide // 2, np.uint32)
     joined_weights, joined_slopes = np.zeros_like(short_slopes), np.zeros_like(short_slopes)
     sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
     sum_q, nothing = np.zeros(_QUERIES * d, np.float32), np.zeros(8, np.uint32)
-    scale, one = np.float32(1 / np.sqrt(d)), np.float32(1)
+    parts, means = np.zeros(_QUERIES, np.float32), np.zeros(_QUERIES, np.float32)
+    scale = np.float32(1 / np.sqrt(2 * half))
     short = short_slopes.view(np.uint16)
+    if tiles:
+        _set_tiles(True)
     while True:
         unit = atomic_add(taken, 0, 1)
         if unit >= batch * kv:
-            return
+            break
         b, head = unit // kv, unit % kv
         _turn(k[b, head], turned_k, wide)
         _turn(v[b, head], turned_v, wide)
-        _join_rows(k[b, head], 0, seq, nothing, joined_k)
+        _join_rows(k[b, head], 0, seq, nothing, joined_k, d)
         sum_k[:], sum_v[:] = np.float32(0), np.float32(0)
         for h in range(head * group, (head + 1) * group):
             for first in range(0, seq, _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
-                pairs = (rows + 1) // 2
-                _copy(q[b, h], first, last, q_block)
-                _copy(grad[b, h], first, last, g_block)
-                _join_rows(q[b, h], first, last, nothing, joined_q)
-                _join_rows(grad[b, h], first, last, nothing, joined_g)
-                _scores(q_block, turned_k, half, scores, wide, rows, first)
-                _scores(g_block, turned_v, half, slopes, wide, rows, first)
+                if rows < _QUERIES:  # what is not there is joined to nothing
+                    joined_q[:], joined_g[:] = np.uint32(0), np.uint32(0)
+                _copy(q[b, h], first, last, q_block, d // 2)
+                _copy(grad[b, h], first, last, g_block, d // 2)
+                _join_rows(q[b, h], first, last, nothing, joined_q.ravel(), d)
+                _join_rows(grad[b, h], first, last, nothing, joined_g.ravel(), d)
+                if tiles:
+                    _scores_by_tiles(q_block, turned_k, d // 2, scores, wide, rows, first)
+                    _scores_by_tiles(g_block, turned_v, d // 2, slopes, wide, rows, first)
+                else:
+                    _scores(q_block, turned_k, d // 2, scores, wide, rows, first)
+                    _scores(g_block, turned_v, d // 2, slopes, wide, rows, first)
                 for i in range(rows):
-                    slope, to = slopes[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
-                    _slopes(scores[i * wide : i * wide + keys], slope, first + i + 1, scale)
-                    for j in range(0, keys, LANES):
-                        _store(slope, j, to, j, one)
-                if rows % 2:  # an odd row out is joined to nothing
-                    scores[rows * wide : rows * wide + keys] = np.float32(0)
-                    slopes[rows * wide : rows * wide + keys] = np.float32(0)
-                for i in range(pairs):
-                    here, even, odd = i * wide, 2 * i * wide, (2 * i + 1) * wide
-                    for j in range(0, keys, LANES):
-                        _shorten_two(scores, even + j, odd + j, joined_weights, here + j)
-                        _shorten_two(slopes, even + j, odd + j, joined_slopes, here + j)
-                _mix(short_slopes, wide // 2, 2, joined_k, d, sum_q, rows, first)
-                _gather(joined_weights, wide, 2, joined_g, d, sum_v, rows, first)
-                _gather(joined_slopes, wide, 2, joined_q, d, sum_k, rows, first)
-                _write(sum_q, grad_q[b, :, h], first, last)
-        _write(sum_k, grad_k[b, head], 0, seq)
-        _write(sum_v, grad_v[b, head], 0, seq)
+                    here = i * wide
+                    row, slope = scores[here : here + keys], slopes[here : here + keys]
+                    parts[i], means[i] = _lean(row, slope, first + i + 1, scale)
+                scores[rows * wide :], slopes[rows * wide :] = np.float32(0), np.float32(0)
+                parts[rows:], means[rows:] = np.float32(0), np.float32(0)
+                _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, joined_weights, joined_slopes)
+                if tiles:
+                    _turn(joined_q, turned_q, _QUERIES // 2)
+                    _turn(joined_g, turned_g, _QUERIES // 2)
+                    _mix_by_tiles(short_slopes, wide // 2, joined_k, d, sum_q, rows, first)
+                    _gather_by_tiles(joined_weights, wide, turned_g, d, sum_v, rows, first)
+                    _gather_by_tiles(joined_slopes, wide, turned_q, d, sum_k, rows, first)
+                else:
+                    _mix(short_slopes, wide // 2, 2, joined_k, d, sum_q, rows, first)
+                    _gather(joined_weights, wide, 2, joined_g.ravel(), d, sum_v, rows, first)
+                    _gather(joined_slopes, wide, 2, joined_q.ravel(), d, sum_k, rows, first)
+                _write(sum_q, d, grad_q[b, :, h], first, last)
+        if tiles:
+            _write_turned(sum_k, wide, grad_k[b, head])
+            _write_turned(sum_v, wide, grad_v[b, head])
+        else:
+            _write(sum_k, d, grad_k[b, head], 0, seq)
+            _write(sum_v, d, grad_v[b, head], 0, seq)
+    if tiles:
+        _set_tiles(False)
 
 
 @compiled
@@ -405,12 +573,12 @@ def _forward_wide(taken, q, k, v, out, parts):
             return
         b, head, part = unit // parts // kv, unit // parts % kv, unit % parts
         _turn(k[b, head], turned_k, wide)
-        _copy(v[b, head], 0, seq, all_v)
+        _copy(v[b, head], 0, seq, all_v, d)
         for h in range(head * group, (head + 1) * group):
             for first in range(part * _QUERIES, seq, parts * _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
-                _copy(q[b, h], first, last, block)
+                _copy(q[b, h], first, last, block, d)
                 _scores(block, turned_k, d, scores, wide, rows, first)
                 for i in range(rows):
                     totals[i] = _weigh(scores[i * wide : i * wide + keys], first + i + 1, scale)
@@ -440,14 +608,14 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
         b, head = unit // kv, unit % kv
         _turn(k[b, head], turned_k, wide)
         _turn(v[b, head], turned_v, wide)
-        _copy(k[b, head], 0, seq, all_k)
+        _copy(k[b, head], 0, seq, all_k, d)
         sum_k[:], sum_v[:] = np.float32(0), np.float32(0)
         for h in range(head * group, (head + 1) * group):
             for first in range(0, seq, _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
-                _copy(q[b, h], first, last, q_block)
-                _copy(grad[b, h], first, last, g_block)
+                _copy(q[b, h], first, last, q_block, d)
+                _copy(grad[b, h], first, last, g_block, d)
                 _scores(q_block, turned_k, d, scores, wide, rows, first)
                 _scores(g_block, turned_v, d, slopes, wide, rows, first)
                 for i in range(rows):
@@ -456,9 +624,9 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
                 _mix(slopes, wide, 1, all_k, d, sum_q, rows, first)
                 _gather(scores, wide, 1, g_block, d, sum_v, rows, first)
                 _gather(slopes, wide, 1, q_block, d, sum_k, rows, first)
-                _write(sum_q, grad_q[b, :, h], first, last)
-        _write(sum_k, grad_k[b, head], 0, seq)
-        _write(sum_v, grad_v[b, head], 0, seq)
+                _write(sum_q, d, grad_q[b, :, h], first, last)
+        _write(sum_k, d, grad_k[b, head], 0, seq)
+        _write(sum_v, d, grad_v[b, head], 0, seq)
 
 
 def _entries(x: Tensor) -> np.ndarray:
@@ -482,8 +650,11 @@ def attend(
     out = q.new_empty(batch, seq, heads, d)
     units, blocks = batch * k.shape[1], -(-seq // _QUERIES)
     parts = min(blocks, -(-4 * torch.get_num_threads() // max(1, units)))
-    kernel = _forward_wide if q.dtype == torch.float32 else _forward
-    in_threads(kernel, units * parts, *map(_entries, (q, k, v)), _numbers(out), parts)
+    arrays = *map(_entries, (q, k, v)), _numbers(out)
+    if q.dtype == torch.float32:
+        in_threads(_forward_wide, units * parts, *arrays, parts)
+    else:
+        in_threads(_forward, units * parts, has_tiles(), *arrays, parts)
     return out.transpose(1, 2)
 
 
@@ -500,7 +671,9 @@ def attend_backward(
     """Gradients of q, k and v, from that of the output of `attend`; the weights are computed again."""
     batch, heads, seq, d = q.shape
     grad_q, grad_k, grad_v = q.new_empty(batch, seq, heads, d), k.new_empty(k.shape), v.new_empty(v.shape)
-    results = grad_q, grad_k, grad_v
-    kernel = _backward_wide if q.dtype == torch.float32 else _backward
-    in_threads(kernel, batch * k.shape[1], *map(_entries, (grad, q, k, v)), *map(_numbers, results))
+    arrays = *map(_entries, (grad, q, k, v)), *map(_numbers, (grad_q, grad_k, grad_v))
+    if q.dtype == torch.float32:
+        in_threads(_backward_wide, batch * k.shape[1], *arrays)
+    else:
+        in_threads(_backward, batch * k.shape[1], has_tiles(), *arrays)
     return grad_q.transpose(1, 2), grad_k, grad_v
