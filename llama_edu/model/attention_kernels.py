@@ -175,23 +175,14 @@ def _product_tiles(typingctx, a, a_at, a_row, b, b_at, b_row, out, o_at, o_row, 
                 for i in range(4):
                     _call(at, "tilezero", tile(i))
         left = [at.add(a_at, at.mul(a_row, const(16 * i))) for i in range(2)]
-        before = at.basic_block
-        loop, after = at.append_basic_block("loop"), at.append_basic_block("after")
-        at.branch(loop)
-        at.position_at_end(loop)
-        step = at.phi(I64)
-        step.add_incoming(const(0), before)
-        for i in range(2):
-            _call(at, "tileloadd64", tile(4 + i), place(arrays[0], at.add(left[i], step)), row_bytes(a_row))
-        here = at.add(b_at, at.mul(step, b_row))
-        for c in range(2):
-            _call(at, "tileloadd64", tile(6 + c), place(arrays[3], at.add(here, const(16 * c))), row_bytes(b_row))
-        for i, c in cells:
-            _call(at, "tdpbf16ps", tile(2 * i + c), tile(4 + i), tile(6 + c))
-        following = at.add(step, const(16))
-        step.add_incoming(following, loop)
-        at.cbranch(at.icmp_signed("<", following, n), loop, after)
-        at.position_at_end(after)
+        with cgutils.for_range_slice(at, const(0), n, const(16)) as (step, _):
+            for i in range(2):
+                _call(at, "tileloadd64", tile(4 + i), place(arrays[0], at.add(left[i], step)), row_bytes(a_row))
+            here = at.add(b_at, at.mul(step, b_row))
+            for c in range(2):
+                _call(at, "tileloadd64", tile(6 + c), place(arrays[3], at.add(here, const(16 * c))), row_bytes(b_row))
+            for i, c in cells:
+                _call(at, "tdpbf16ps", tile(2 * i + c), tile(4 + i), tile(6 + c))
         for i, out in enumerate(outs):
             _call(at, "tilestored64", tile(i), out, row_bytes(o_row))
         return context.get_dummy_value()
