@@ -105,7 +105,11 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     const = lambda number: ir.Constant(whole, number if n is None else [number] * n)
     bits = b.bitcast(value, whole)
     odd = b.and_(b.lshr(bits, const(16)), const(1))
-    return b.trunc(b.lshr(b.add(bits, b.add(odd, const(0x7FFF))), const(16)), half)
+    nearest = b.add(bits, b.add(odd, const(0x7FFF)))
+    nearest = b.select(
+        b.icmp_unsigned(">", b.and_(bits, const(0x7FFFFFFF)), const(0x7F800000)), b.or_(bits, const(0x400000)), nearest
+    )  # NaN stays NaN
+    return b.trunc(b.lshr(nearest, const(16)), half)
 
 
 @intrinsic
@@ -118,6 +122,18 @@ def narrow(typingctx, value, like):
         return to_bf16(b, args[0])
 
     return like.dtype(value, like), codegen
+
+
+def entries(x: torch.Tensor) -> np.ndarray:
+    """float32, or bfloat16 as neighbours in 32 bits; without a copy where a row lies so that this can be."""
+    even = x.dtype == torch.float32 or not any(s % 2 for s in (*x.stride()[:-1], x.storage_offset()))
+    x = (x if even and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)).detach()
+    return (x if x.dtype == torch.float32 else x.view(torch.uint32)).numpy()
+
+
+def numbers(x: torch.Tensor) -> np.ndarray:
+    """float32, or the bits of bfloat16."""
+    return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()
 
 
 def _atomic(operation: str) -> Callable:
@@ -179,7 +195,7 @@ def _openmp() -> Callable | None:
         return None
 
 
-def in_threads(kernel: Callable, units: int, *args: np.ndarray | np.generic | int) -> None:
+def in_threads(kernel: Callable, units: int, *args: np.ndarray | np.generic | float) -> None:
     """Call the kernel in as many threads as PyTorch has; they share the `units` of work among themselves.
 
     A kernel takes one unit after the other, by `atomic_add(taken, 0, 1)` on its first argument, up to the last.

@@ -1,5 +1,6 @@
 """RMSNorm: the same numbers as others in every dtype, and a backward pass by hand that agrees with autograd."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,11 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
+from torch.profiler import profile
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_edu.model import RMSNorm, is_manual, manual_backward
-from llama_edu.model.manual import SavedBytes
-from llama_edu.model.norm import ManualRMSNorm
+from llama_edu.model.manual import SavedBytes, has_kernels
+from llama_edu.model.norm import ManualRMSNorm, _rms_norm_kernel
+from llama_edu.model.norm_kernel import normalize
 
 
 def norm_with_weight(dim, eps=1e-5, dtype=torch.float32):
@@ -95,6 +99,60 @@ def test_by_hand_keeps_the_input_and_one_number_a_vector():
     with SavedBytes(besides=norm.parameters()) as kept, manual_backward():
         norm(x)
     assert kept.total == x.nbytes + 4 * 32 * 4
+
+
+@pytest.mark.parametrize("rows, dim", [(128, 1), (130, 7), (257, 48), (1000, 300)])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_rounds_the_exact_result(dtype, weights, rows, dim):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(dim, rows, 2, generator=g).to(dtype).permute(2, 1, 0)  # no row lies in one piece
+    weight = torch.randn(2 * dim, generator=g).to(weights)[::2]
+    y, inv_rms = _rms_norm_kernel(x, weight, 1e-5)
+    exact = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
+    assert (y.dtype, inv_rms.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(inv_rms.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        y, (x.double() * exact * weight).to(dtype), rtol=2e-6 if dtype == torch.float32 else 8e-3, atol=0
+    )
+    torch.library.opcheck(_rms_norm_kernel, (x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_hides_no_damage(dtype):
+    x, ones = torch.ones(128, 40, dtype=dtype), torch.ones(40)
+    damaged = x.clone()
+    damaged[3, 5], damaged[4, 0] = torch.nan, torch.inf
+    y, _ = _rms_norm_kernel(damaged, ones, 1e-5)
+    assert y[3].isnan().all() and y[4, 0].isnan() and y[5:].isfinite().all()
+    all_bits = torch.full((40,), -1, dtype=torch.int32).view(torch.float32)  # a NaN that rounding must not carry over
+    assert _rms_norm_kernel(x, all_bits, 1e-5)[0].isnan().all()
+    assert not _rms_norm_kernel(x * 1e30, ones, 1e-5)[0].any()  # squares that overflow: 1 / rms is 0, as in PyTorch
+    with pytest.raises(ValueError, match="does not scale"):
+        inspect.unwrap(normalize)(x, torch.ones(39), 1e-5)
+
+
+def test_the_kernel_serves_many_rows_unless_told_otherwise():
+    norm, x = RMSNorm(32), torch.randn(2, 128, 32)
+
+    def ran(norm, x):
+        with profile() as seen:
+            norm(x)
+        return "llama_edu::rms_norm" in {e.key for e in seen.key_averages()}
+
+    assert ran(norm, x) == has_kernels(torch.float32)
+    with torch.no_grad():
+        assert ran(norm, x) == has_kernels(torch.float32)
+        assert not ran(norm, x[:, :127]) and not ran(norm.double(), x.double())
+        with manual_backward(False):
+            assert not ran(norm.float(), x)
+        torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x))
+    slope = torch.randn_like(x)
+    with manual_backward(False):
+        _, tangent = torch.func.jvp(norm, (x,), (slope,))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = norm(forward_ad.make_dual(x, slope))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
 
 
 def test_switch_nests_restores_and_survives_errors():

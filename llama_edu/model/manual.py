@@ -1,4 +1,4 @@
-"""Who differentiates the layers: PyTorch, or the backward passes that lessons 20 to 23 write by hand."""
+"""Who computes and differentiates the layers: PyTorch, our kernels, or the passes that lessons 20 to 23 write."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ["SavedBytes", "is_manual", "manual_backward"]
+__all__ = ["SavedBytes", "has_kernels", "is_manual", "manual_backward", "suits_kernels"]
 
 _choice: bool | None = None
 
@@ -39,6 +40,31 @@ def manual_backward(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+@torch.compiler.assume_constant_result  # a compiler need not follow how processors are told apart
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this processor has fast vectors for such numbers; numba is not imported for others."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    from llama_edu.native import has_dots
+
+    return has_dots(str(dtype)[6:])
+
+
+def suits_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Whether kernels of ours take `x` and what goes with it: plain tensors on a CPU, many rows, fast numbers.
+
+    torch.func and forward-mode differentiation look into PyTorch's operations; ours have one derivative, backward.
+    """
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *others))
+    if not plain or x.dim() < 2 or x.shape[-2] < 128 or not has_kernels(x.dtype):
+        return False
+    return torch.compiler.is_compiling() or not any(_is_transformed(t) for t in (x, *others))
+
+
+def _is_transformed(t: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -11,22 +11,43 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .manual import is_manual
+from .manual import has_kernels, is_manual, suits_kernels
 
 # %% auto #0
 __all__ = ['RMSNorm']
 
 # %% ../../notebooks/20_rmsnorm.ipynb #3af1221d
+@torch.library.custom_op(
+    "llama_edu::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
+)
+def _rms_norm_kernel(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from llama_edu.model.norm_kernel import normalize
+
+    return normalize(x, weight, eps)
+
+
+_rms_norm_kernel.register_fake(
+    lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised vectors, and 1 / rms of each."""
+    if suits_kernels(x, weight) and has_kernels(weight.dtype) and not torch.compiler.is_compiling():
+        return _rms_norm_kernel(x, weight, eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    inv_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    return (x * inv_rms).mul_(weight).to(x.dtype), inv_rms
+
+
 class ManualRMSNorm(torch.autograd.Function):
     """RMSNorm with its backward pass by hand. Keeps the input and one number per vector."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inv_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        y, inv_rms = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inv_rms)
-        return (x * inv_rms).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -60,8 +81,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         # PyTorch has a fused kernel on a GPU and makes one when it compiles, but none for training on a CPU as it is.
-        training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if is_manual(default=training and x.device.type == "cpu" and type(x) is Tensor):
+        training = torch.is_grad_enabled() and x.device.type == "cpu" and type(x) is Tensor
+        by_hand = training or suits_kernels(x, self.weight)
+        if is_manual(default=by_hand and not torch.compiler.is_compiling()):
             return ManualRMSNorm.apply(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # PyTorch's kernel takes one dtype for both
         return F.rms_norm(wide, self.weight.shape, self.weight, self.eps).to(x.dtype)
