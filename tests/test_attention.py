@@ -25,16 +25,16 @@ from llama_edu.model.attention import (
     FlexAttention,
     ManualAttention,
     ScaledDotProduct,
-    _has_kernels,
     attention_weights,
     block_attention,
     causal_mask,
     document_mask,
     mean_pool_heads,
+    rotated_block_attention,
     tiled_attention,
 )
-from llama_edu.model.manual import manual_backward
-from llama_edu.model.rope import rope_table
+from llama_edu.model.manual import has_kernels, manual_backward
+from llama_edu.model.rope import apply_rope, rope_table
 
 
 def heads(batch=2, n_heads=4, n_kv_heads=2, seq=12, head_dim=8, dtype=torch.float64, seed=0):
@@ -133,7 +133,7 @@ def test_blocks_err_as_little_as_the_fused_kernel(dtype, limit):
 )
 def test_blocks_are_right_for_every_shape(monkeypatch, seq, head_dim, group, dtype, limit, tiles):
     """Of whole and broken blocks, odd numbers of rows, and widths that kernels take (all but the last) or not."""
-    if not tiles and _has_kernels(dtype):  # a processor that multiplies tiles stands in for one that does not
+    if not tiles and has_kernels(dtype):  # a processor that multiplies tiles stands in for one that does not
         monkeypatch.setattr("llama_edu.model.attention_kernels.has_tiles", lambda: False)
     inputs = [x.to(dtype).requires_grad_() for x in heads(2, 2 * group, 2, seq, head_dim)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -232,6 +232,107 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def turned(dtype, tables, seq, head_dim, group=2):
+    """Inputs of attention, and tables: for all sequences one, or one for each."""
+    g = torch.Generator().manual_seed(2)
+    angles = torch.randn(tables, seq, head_dim // 2, generator=g)
+    return [x.to(dtype) for x in heads(2, 2 * group, 2, seq, head_dim)], angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["any instruction", "no tiles"])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("tables", [1, 2])
+@pytest.mark.parametrize("seq, head_dim", [(1, 16), (65, 48), (130, 64), (300, 112), (200, 24)])
+def test_rotation_inside_is_rotation_before(monkeypatch, seq, head_dim, tables, group, dtype, limit, tiles):
+    if not tiles and has_kernels(dtype):
+        monkeypatch.setattr("llama_edu.model.attention_kernels.has_tiles", lambda: False)
+    inputs, cos, sin = turned(dtype, tables, seq, head_dim, group)
+    inputs = [x.requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out = rotated_block_attention(*inputs, cos, sin)
+    expected = plain(*(apply_rope(x, cos.double(), sin.double()) for x in wide[:2]), wide[2])
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    pairs = [(out, expected), *zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, wide, grad))]
+    for ours, exact in pairs:
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        assert (ours - exact).norm() <= limit * exact.norm() + 1e-6
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_inside_is_an_operation_that_a_compiler_may_trust(dtype, tables):
+    ops, mode = torch.ops.llama_edu, FakeTensorMode()
+    apart, *both = turned(dtype, tables, BLOCK + 5, 16)
+    for q, k, v in (apart, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in apart]):
+        inputs = [*(x.clone().requires_grad_() for x in (q, k, v)), *both]
+        torch.library.opcheck(ops.rotated_block_attention.default, inputs)
+        told = [mode.from_tensor(x.detach()) for x in inputs]
+        with mode:
+            forward = ops.rotated_block_attention(*told)
+            backward = ops.rotated_block_attention_backward(told[0], *told)
+        assert ops.rotated_block_attention(q, k, v, *both).stride() == forward.stride()
+        for real, fake in zip(ops.rotated_block_attention_backward(q, q, k, v, *both), backward):
+            assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+
+
+def test_tables_that_do_not_fit_reach_no_kernel():
+    (q, k, v), cos, sin = turned(torch.bfloat16, 2, BLOCK, 16)
+    unchecked = inspect.unwrap(rotated_block_attention._init_fn)
+    for tables in ((cos[:, 1:], sin[:, 1:]), (cos[..., 1:], sin[..., 1:]), (cos.repeat(2, 1, 1), sin.repeat(2, 1, 1))):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            unchecked(q, k, v, *tables)
+
+
+def operations(layer, x, *tables):
+    """The output of a layer, and our operations that it ran."""
+    with profile() as seen:
+        out = layer(x, *tables)
+    return out, {e.key for e in seen.key_averages() if e.key.startswith("llama_edu::")}
+
+
+def test_a_layer_rotates_inside_where_nobody_looks():
+    """Who exchanges or hooks the inner product gets rotated queries and keys; so do a mask, a cache, and float32."""
+    layer, tables = attention(dim=64, n_heads=4, n_kv_heads=2)
+    layer, tables = layer.bfloat16(), [t.repeat(1, 4, 1)[:, : BLOCK + 3] for t in tables]
+    x = torch.randn(2, BLOCK + 3, 64).bfloat16()
+    inside, ran = operations(layer, x, *tables)
+    name = "llama_edu::rotated_block_attention"
+    assert (name in ran) == has_kernels(torch.bfloat16)
+    seen = []
+    handle = layer.inner.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    watched, ran = operations(layer, x, *tables)
+    handle.remove()
+    keys = layer.wk(x).unflatten(-1, (-1, 16)).transpose(1, 2)
+    assert name not in ran and torch.equal(seen[0], apply_rope(keys, *tables))
+    torch.testing.assert_close(inside, watched, rtol=2e-2, atol=2e-2)
+    with manual_backward(False):
+        assert not operations(layer, x, *tables)[1]
+    assert name not in operations(layer, x[:, :60], *(t[:, :60] for t in tables))[1]
+    mask = causal_mask(torch.arange(BLOCK + 3)[None], BLOCK + 3)
+    assert name not in operations(layer, x, *tables, mask)[1]
+    assert name not in operations(layer.float(), x.float(), *tables)[1]
+
+
+def test_a_layer_that_rotates_inside_has_the_gradients_of_one_that_does_not():
+    layer, tables = attention(dim=64, n_heads=4, n_kv_heads=2)
+    layer, tables = layer.bfloat16(), [t.repeat(1, 4, 1)[:, :200] for t in tables]
+    x = torch.randn(2, 200, 64).bfloat16()
+    grads = []
+    for ours in (True, False):
+        with nullcontext() if ours else manual_backward(False):
+            layer.zero_grad()
+            layer(x, *tables).float().square().sum().backward()
+        grads.append([p.grad.double() for p in layer.parameters()])
+    for a, b in zip(*grads):
+        assert (a - b).norm() < 0.03 * b.norm()
+    loss = lambda x: layer(x, *tables).float().square().sum()
+    of_function = torch.func.grad(loss)(x)  # looks into PyTorch's operations
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    assert (of_function - leaf.grad).norm() < 0.03 * leaf.grad.norm()
+
+
 def used(q, k, v, mask=None):
     out = ScaledDotProduct()(q, k, v, mask)
     return "block_attention" in type(out.grad_fn).__name__
@@ -239,7 +340,7 @@ def used(q, k, v, mask=None):
 
 def test_blocks_serve_long_causal_sequences_alone():
     long, short = ([x.float().requires_grad_() for x in heads(seq=n, head_dim=16)] for n in (BLOCK, BLOCK - 1))
-    assert used(*long) == _has_kernels(torch.float32) and not used(*short)
+    assert used(*long) == has_kernels(torch.float32) and not used(*short)
     assert not used(*long, torch.ones(1, 1, BLOCK, BLOCK, dtype=torch.bool).tril())
     assert not used(*(x.double() for x in long))
     with manual_backward(False):

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..config import LlamaConfig
-from .manual import is_manual
+from .manual import has_kernels, is_manual, suits_kernels
 from .rope import apply_rope
 
 # %% auto #0
@@ -234,19 +233,9 @@ def _need_fit(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # a compiler need not follow how processors are told apart
-def _has_kernels(dtype: torch.dtype) -> bool:
-    """Whether `attention_kernels` serve such numbers on this processor; numba is not imported for others."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False
-    from llama_edu.native import has_dots
-
-    return has_dots(str(dtype)[6:])
-
-
 def _kernels(q: Tensor) -> ModuleType | None:
     """`attention_kernels`, if they serve such queries."""
-    if q.device.type != "cpu" or q.shape[-1] % 16 or not _has_kernels(q.dtype):
+    if q.device.type != "cpu" or q.shape[-1] % 16 or not has_kernels(q.dtype):
         return None
     from llama_edu.model import attention_kernels
 
@@ -324,15 +313,58 @@ block_attention.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
+
+def _tables_fit(q: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    batch, _, seq, d = q.shape
+    return cos.shape == sin.shape and cos.shape in ((1, seq, d // 2), (batch, seq, d // 2))
+
+
+@torch.library.custom_op(
+    "llama_edu::rotated_block_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> Tensor",
+)
+def rotated_block_attention(
+    q: Float[Tensor, "batch heads seq head_dim"],
+    k: Float[Tensor, "batch kv_heads seq head_dim"],
+    v: Float[Tensor, "batch kv_heads seq head_dim"],
+    cos: Float[Tensor, "#batch seq half"],
+    sin: Float[Tensor, "#batch seq half"],
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """`block_attention` of q and k that `apply_rope` has yet to turn. In bfloat16 a kernel turns what it reads."""
+    _need_fit(q, k, v)
+    if q.dtype == torch.bfloat16 and _tables_fit(q, cos, sin) and (kernels := _kernels(q)) is not None:
+        return kernels.attend(q, k, v, cos, sin)
+    return block_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+
+
+@torch.library.custom_op(
+    "llama_edu::rotated_block_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
+)
+def _rotated_block_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = _kernels(q) if len(k) * k.shape[1] >= torch.get_num_threads() else None
+    if q.dtype == torch.bfloat16 and _tables_fit(q, cos, sin) and kernels is not None:
+        return kernels.attend_backward(grad, q, k, v, cos, sin)
+    rotated = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    grad_q, grad_k, grad_v = _block_attention_backward(grad, *rotated, v)
+    grad_q = apply_rope(grad_q, cos, -sin).transpose(1, 2).contiguous().transpose(1, 2)
+    return grad_q, apply_rope(grad_k, cos, -sin).contiguous(), grad_v
+
+
+rotated_block_attention.register_fake(lambda q, k, v, cos, sin: _like(q, k, v))
+_rotated_block_attention_backward.register_fake(
+    lambda grad, q, k, v, cos, sin: (_like(q, k, v), k.new_empty(k.shape), v.new_empty(v.shape))
+)
+rotated_block_attention.register_autograd(
+    lambda ctx, grad: (*_rotated_block_attention_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
 # %% ../../notebooks/22_attention.ipynb #40f3c31d
-def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: `block_attention` has one derivative, backward."""
-    if torch.compiler.is_compiling():
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return any(wrapped(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 class ScaledDotProduct(nn.Module):
     """softmax(q k^T / sqrt(head_dim)) v by PyTorch's fused kernels, or by `block_attention` where it is faster.
 
@@ -341,6 +373,12 @@ class ScaledDotProduct(nn.Module):
     for as many queries as keys, and the quickest. Rows without any True give zeros.
     `manual_backward()` takes the tiled version by hand, `manual_backward(False)` the fused kernels always.
     """
+
+    @staticmethod
+    def takes_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether `block_attention` is what causal attention of these takes."""
+        blocks = q.shape[-1] % 16 == 0 and suits_kernels(q, k, v) and _fit(q, k, v)
+        return not is_manual() and is_manual(default=blocks)
 
     def forward(
         self,
@@ -351,9 +389,7 @@ class ScaledDotProduct(nn.Module):
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         if is_manual():
             return ManualAttention.apply(q, k, v, mask)
-        blocks = mask is None and q.device.type == "cpu" and q.shape[2] >= BLOCK and q.shape[3] % 16 == 0
-        blocks = blocks and type(q) is Tensor and _has_kernels(q.dtype) and _fit(q, k, v)
-        if is_manual(default=blocks and not _is_transformed(q, k, v)):
+        if mask is None and self.takes_blocks(q, k, v):
             return block_attention(q, k, v)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -462,9 +498,20 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if cache is None and mask is None and self._rotates_inside(q, k, v, cos, sin):
+            return self.wo(rotated_block_attention(q, k, v, cos, sin).transpose(1, 2).flatten(2))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(layer, k, v)
             if mask is None and k.shape[2] > seq:  # as many keys as queries: the first tokens, plainly causal
                 mask = causal_mask(cache.positions(seq), k.shape[2])
         return self.wo(self.inner(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _rotates_inside(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether the inner product is one that nobody exchanged or watches, and faster with the rotation in it."""
+        inner = self.inner
+        own = type(inner) is ScaledDotProduct and not (inner._forward_hooks or inner._forward_pre_hooks)
+        if not own or q.dtype != torch.bfloat16 or not inner.takes_blocks(q, k, v):
+            return False
+        constant = suits_kernels(cos, sin) and not (cos.requires_grad or sin.requires_grad)
+        return constant and _tables_fit(q, cos, sin)

@@ -39,10 +39,12 @@ from llama_edu.native import (
     atomic_add,
     broadcast,
     compiled,
+    entries,
     has_tiles,
     in_threads,
     largest,
     narrow,
+    numbers,
     splat,
     tile_instructions,
     to_bf16,
@@ -469,15 +471,60 @@ def _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, wei
             _slopes_of_two(scores, slopes, even, even + wide, part, mean, scale, short, weights, joined, at)
 
 
+def _rotation(n: int) -> Callable:
+    """A numba function: n pairs of bfloat16 from place `at` turn by the angles from place p, or back with sign -1."""
+
+    @intrinsic
+    def rotate(typingctx, pairs, at, cos, sin, p, sign):
+        def codegen(context, b, signature, args):
+            place = lambda array, at, kind: _place(context, b, signature, args, array, at, vector(kind, n))
+            pairs, cos, sin = place(0, 1, I32), *(b.load(place(i, 4, F32), align=4) for i in (2, 3))
+            sin, both = b.fmul(sin, broadcast(b, args[5], n)), b.load(pairs, align=4)
+            x = b.bitcast(b.shl(both, splat(I32, 16, n)), vector(F32, n))
+            y = b.bitcast(b.and_(both, splat(I32, 0xFFFF0000, n)), vector(F32, n))
+            turned = b.fsub(b.fmul(x, cos), b.fmul(y, sin)), b.fadd(b.fmul(x, sin), b.fmul(y, cos))
+            low, high = (b.zext(to_bf16(b, number), vector(I32, n)) for number in turned)
+            b.store(b.or_(low, b.shl(high, splat(I32, 16, n))), pairs, align=4)
+            return context.get_dummy_value()
+
+        return types.void(pairs, types.int64, cos, sin, types.int64, types.float32), codegen
+
+    return rotate
+
+
+_rotate_8, _rotate_16 = _rotation(8), _rotation(16)
+
+
 @compiled
-def _forward(taken, tiles, q, k, v, out, parts):
+def _rotate(pairs, cos, sin, sign):
+    whole = pairs.size // 16 * 16
+    for p in range(0, whole, 16):
+        _rotate_16(pairs, p, cos, sin, p, sign)
+    if whole < pairs.size:
+        _rotate_8(pairs, whole, cos, sin, whole, sign)
+
+
+@compiled
+def _copy_rotated(x, first, last, out, row, cos, sin):
+    """`_copy`, and turn the rows by their angles, if there are tables."""
+    _copy(x, first, last, out, row)
+    if cos.size > 0:
+        for i in range(first, last):
+            at = (i - first) * row
+            _rotate(out[at : at + x.shape[1]], cos[i], sin[i], np.float32(1))
+
+
+@compiled
+def _forward(taken, tiles, q, k, v, cos, sin, out, parts):
     """q, k, v (batch, heads, seq, d / 2) in pairs -> out (batch, seq, heads, d), by threads that take heads in turn.
 
-    Where these are few, every `parts`-th block of queries of a head is a unit of its own.
+    Where these are few, every `parts`-th block of queries of a head is a unit of its own. cos and sin (1 or batch,
+    seq, d / 2) turn q and k; without any, (1, 0, 0), they stay as they are.
     """
     batch, heads, seq, half = q.shape
     kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
     d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
+    all_k = np.zeros((seq, half), np.uint32)
     turned_k, joined_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(wide // 2 * d, np.uint32)
     block, scores = np.zeros(_QUERIES * d // 2, np.uint32), np.zeros(_QUERIES * wide, np.float32)
     weights, mixed = np.zeros(_QUERIES * wide // 2, np.uint32), np.zeros(_QUERIES * d, np.float32)
@@ -491,13 +538,15 @@ def _forward(taken, tiles, q, k, v, out, parts):
         if unit >= batch * kv * parts:
             break
         b, head, part = unit // parts // kv, unit // parts % kv, unit % parts
-        _turn(k[b, head], turned_k, wide)
+        table = min(b, len(cos) - 1)
+        _copy_rotated(k[b, head], 0, seq, all_k.ravel(), half, cos[table], sin[table])
+        _turn(all_k, turned_k, wide)
         _join_rows(v[b, head], 0, seq, nothing, joined_v, d)
         for h in range(head * group, (head + 1) * group):
             for first in range(part * _QUERIES, seq, parts * _QUERIES):
                 last = min(first + _QUERIES, seq)
                 rows, keys = last - first, (last + 63) // 64 * 64
-                _copy(q[b, h], first, last, block, d // 2)
+                _copy_rotated(q[b, h], first, last, block, d // 2, cos[table], sin[table])
                 if tiles:
                     _scores_by_tiles(block, turned_k, d // 2, scores, wide, rows, first)
                 else:
@@ -518,14 +567,15 @@ def _forward(taken, tiles, q, k, v, out, parts):
 
 
 @compiled
-def _backward(taken, tiles, grad, q, k, v, grad_q, grad_k, grad_v):
+def _backward(taken, tiles, grad, q, k, v, cos, sin, grad_q, grad_k, grad_v):
     """As `_forward`, from the gradient of its output; grad_k and grad_v are (batch, kv heads, seq, d)."""
     batch, heads, seq, half = q.shape
     kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
     d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
+    all_k = np.zeros((seq, half), np.uint32)
     turned_k, turned_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(d // 2 * wide, np.uint32)
     joined_k = np.zeros(wide // 2 * d, np.uint32)
-    q_block, g_block = np.zeros(_QUERIES * d // 2, np.uint32), np.zeros(_QUERIES * d // 2, np.uint32)
+    q_block, g_block = np.zeros((_QUERIES, d // 2), np.uint32), np.zeros(_QUERIES * d // 2, np.uint32)
     joined_q, joined_g = np.zeros((_QUERIES // 2, d), np.uint32), np.zeros((_QUERIES // 2, d), np.uint32)
     turned_q, turned_g = np.zeros(joined_q.size, np.uint32), np.zeros(joined_g.size, np.uint32)
     scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
@@ -543,9 +593,11 @@ def _backward(taken, tiles, grad, q, k, v, grad_q, grad_k, grad_v):
         if unit >= batch * kv:
             break
         b, head = unit // kv, unit % kv
-        _turn(k[b, head], turned_k, wide)
+        table = min(b, len(cos) - 1)
+        _copy_rotated(k[b, head], 0, seq, all_k.ravel(), half, cos[table], sin[table])
+        _turn(all_k, turned_k, wide)
         _turn(v[b, head], turned_v, wide)
-        _join_rows(k[b, head], 0, seq, nothing, joined_k, d)
+        _join_rows(all_k, 0, seq, nothing, joined_k, d)
         sum_k[:], sum_v[:] = np.float32(0), np.float32(0)
         for h in range(head * group, (head + 1) * group):
             for first in range(0, seq, _QUERIES):
@@ -553,15 +605,15 @@ def _backward(taken, tiles, grad, q, k, v, grad_q, grad_k, grad_v):
                 rows, keys = last - first, (last + 63) // 64 * 64
                 if rows < _QUERIES:  # what is not there is joined to nothing
                     joined_q[:], joined_g[:] = np.uint32(0), np.uint32(0)
-                _copy(q[b, h], first, last, q_block, d // 2)
+                _copy_rotated(q[b, h], first, last, q_block.ravel(), d // 2, cos[table], sin[table])
                 _copy(grad[b, h], first, last, g_block, d // 2)
-                _join_rows(q[b, h], first, last, nothing, joined_q.ravel(), d)
+                _join_rows(q_block, 0, rows, nothing, joined_q.ravel(), d)
                 _join_rows(grad[b, h], first, last, nothing, joined_g.ravel(), d)
                 if tiles:
-                    _scores_by_tiles(q_block, turned_k, d // 2, scores, wide, rows, first)
+                    _scores_by_tiles(q_block.ravel(), turned_k, d // 2, scores, wide, rows, first)
                     _scores_by_tiles(g_block, turned_v, d // 2, slopes, wide, rows, first)
                 else:
-                    _scores(q_block, turned_k, d // 2, scores, wide, rows, first)
+                    _scores(q_block.ravel(), turned_k, d // 2, scores, wide, rows, first)
                     _scores(g_block, turned_v, d // 2, slopes, wide, rows, first)
                 for i in range(rows):
                     here = i * wide
@@ -581,12 +633,20 @@ def _backward(taken, tiles, grad, q, k, v, grad_q, grad_k, grad_v):
                     _gather(joined_weights, wide, 2, joined_g.ravel(), d, sum_v, rows, first)
                     _gather(joined_slopes, wide, 2, joined_q.ravel(), d, sum_k, rows, first)
                 _write(sum_q, d, grad_q[b, :, h], first, last)
+                if cos.size > 0:
+                    for i in range(first, last):
+                        turned = grad_q[b, i, h].view(np.uint32)
+                        _rotate(turned, cos[table, i], sin[table, i], np.float32(-1))
         if tiles:
             _write_turned(sum_k, wide, grad_k[b, head])
             _write_turned(sum_v, wide, grad_v[b, head])
         else:
             _write(sum_k, d, grad_k[b, head], 0, seq)
             _write(sum_v, d, grad_v[b, head], 0, seq)
+        if cos.size > 0:
+            for i in range(seq):
+                turned = grad_k[b, head, i].view(np.uint32)
+                _rotate(turned, cos[table, i], sin[table, i], np.float32(-1))
     if tiles:
         _set_tiles(False)
 
@@ -664,32 +724,31 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
         _write(sum_v, d, grad_v[b, head], 0, seq)
 
 
-def _entries(x: Tensor) -> np.ndarray:
-    """float32, or bfloat16 as neighbours in 32 bits; without a copy where a row lies so that this can be."""
-    even = x.dtype == torch.float32 or not any(s % 2 for s in (*x.stride()[:-1], x.storage_offset()))
-    x = (x if even and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)).detach()
-    return (x if x.dtype == torch.float32 else x.view(torch.uint32)).numpy()
-
-
-def _numbers(x: Tensor) -> np.ndarray:
-    return (x if x.dtype == torch.float32 else x.view(torch.uint16)).numpy()
+def _tables(*tables: Tensor) -> list[np.ndarray]:
+    if not tables:
+        return [np.empty((1, 0, 0), np.float32)] * 2
+    return [t.detach().float().contiguous().numpy() for t in tables]
 
 
 def attend(
     q: Float[Tensor, "batch heads seq head_dim"],
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
+    *tables: Float[Tensor, "#batch seq half"],
 ) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Causal attention in bfloat16 or float32, for head_dim a multiple of 16, where `has_dots` of that kind."""
+    """Causal attention in bfloat16 or float32, for head_dim a multiple of 16, where `has_dots` of that kind.
+
+    In bfloat16 it also rotates q and k, given the tables of `apply_rope`.
+    """
     batch, heads, seq, d = q.shape
     out = q.new_empty(batch, seq, heads, d)
     units, blocks = batch * k.shape[1], -(-seq // _QUERIES)
     parts = min(blocks, -(-4 * torch.get_num_threads() // max(1, units)))
-    arrays = *map(_entries, (q, k, v)), _numbers(out)
+    arrays = [entries(x) for x in (q, k, v)]
     if q.dtype == torch.float32:
-        in_threads(_forward_wide, units * parts, *arrays, parts)
+        in_threads(_forward_wide, units * parts, *arrays, numbers(out), parts)
     else:
-        in_threads(_forward, units * parts, has_tiles(), *arrays, parts)
+        in_threads(_forward, units * parts, has_tiles(), *arrays, *_tables(*tables), numbers(out), parts)
     return out.transpose(1, 2)
 
 
@@ -698,6 +757,7 @@ def attend_backward(
     q: Float[Tensor, "batch heads seq head_dim"],
     k: Float[Tensor, "batch kv_heads seq head_dim"],
     v: Float[Tensor, "batch kv_heads seq head_dim"],
+    *tables: Float[Tensor, "#batch seq half"],
 ) -> tuple[
     Float[Tensor, "batch heads seq head_dim"],
     Float[Tensor, "batch kv_heads seq head_dim"],
@@ -706,9 +766,9 @@ def attend_backward(
     """Gradients of q, k and v, from that of the output of `attend`; the weights are computed again."""
     batch, heads, seq, d = q.shape
     grad_q, grad_k, grad_v = q.new_empty(batch, seq, heads, d), k.new_empty(k.shape), v.new_empty(v.shape)
-    arrays = *map(_entries, (grad, q, k, v)), *map(_numbers, (grad_q, grad_k, grad_v))
+    arrays, grads = [entries(x) for x in (grad, q, k, v)], [numbers(x) for x in (grad_q, grad_k, grad_v)]
     if q.dtype == torch.float32:
-        in_threads(_backward_wide, batch * k.shape[1], *arrays)
+        in_threads(_backward_wide, batch * k.shape[1], *arrays, *grads)
     else:
-        in_threads(_backward, batch * k.shape[1], has_tiles(), *arrays)
+        in_threads(_backward, batch * k.shape[1], has_tiles(), *arrays, *_tables(*tables), *grads)
     return grad_q.transpose(1, 2), grad_k, grad_v
