@@ -106,9 +106,9 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     bits = b.bitcast(value, whole)
     odd = b.and_(b.lshr(bits, const(16)), const(1))
     nearest = b.add(bits, b.add(odd, const(0x7FFF)))
-    nearest = b.select(
-        b.icmp_unsigned(">", b.and_(bits, const(0x7FFFFFFF)), const(0x7F800000)), b.or_(bits, const(0x400000)), nearest
-    )  # NaN stays NaN
+    # The sum would carry a NaN of many bits over to a zero. Asked of the float instead, loops would not become vectors.
+    is_nan = b.icmp_unsigned(">", b.and_(bits, const(0x7FFFFFFF)), const(0x7F800000))
+    nearest = b.select(is_nan, b.or_(bits, const(0x400000)), nearest)
     return b.trunc(b.lshr(nearest, const(16)), half)
 
 

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import unittest.mock
 import warnings
 from contextlib import nullcontext
 
@@ -276,8 +277,13 @@ def test_rotation_inside_is_an_operation_that_a_compiler_may_trust(dtype, tables
             assert (real.shape, real.stride()) == (fake.shape, fake.stride())
 
 
-def test_tables_that_do_not_fit_reach_no_kernel():
+def test_tables_that_do_not_fit_reach_no_kernel(monkeypatch):
+    """It would read beyond them."""
     (q, k, v), cos, sin = turned(torch.bfloat16, 2, BLOCK, 16)
+    reached = unittest.mock.Mock(side_effect=AssertionError("the kernel was called"))
+    monkeypatch.setattr("llama_edu.model.attention._kernels", lambda q: unittest.mock.Mock(attend=reached))
+    with pytest.raises(AssertionError, match="was called"):  # as it is for tables that fit
+        inspect.unwrap(rotated_block_attention._init_fn)(q, k, v, cos, sin)
     unchecked = inspect.unwrap(rotated_block_attention._init_fn)
     for tables in ((cos[:, 1:], sin[:, 1:]), (cos[..., 1:], sin[..., 1:]), (cos.repeat(2, 1, 1), sin.repeat(2, 1, 1))):
         with pytest.raises((ValueError, RuntimeError, TypeError)):

@@ -13,6 +13,9 @@ adds both products to a float32, so one side of a product lies in memory as pair
 Processors with AMX have an instruction for whole tiles: 16 rows of 16 pairs times 16 pairs of 16 columns, laid out in
 the same way. It wants pairs along the rows of its left side too, so there grad_v^T = grad^T weights takes the place of
 the last line. What is between the products is the same.
+
+Queries and keys that are not yet rotated are turned in the copies that the products read, and their gradients where
+they are written.
 """
 
 from __future__ import annotations
@@ -472,7 +475,7 @@ def _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, wei
 
 
 def _rotation(n: int) -> Callable:
-    """A numba function: n pairs of bfloat16 from place `at` turn by the angles from place p, or back with sign -1."""
+    """A numba function for n pairs of `_rotate`: those from place `at`, by the angles from place p."""
 
     @intrinsic
     def rotate(typingctx, pairs, at, cos, sin, p, sign):
@@ -497,6 +500,7 @@ _rotate_8, _rotate_16 = _rotation(8), _rotation(16)
 
 @compiled
 def _rotate(pairs, cos, sin, sign):
+    """Turn a row of 8, 16, 24, ... pairs of bfloat16 by their angles, or back with sign -1."""
     whole = pairs.size // 16 * 16
     for p in range(0, whole, 16):
         _rotate_16(pairs, p, cos, sin, p, sign)

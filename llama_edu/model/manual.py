@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 __all__ = ["SavedBytes", "has_kernels", "is_manual", "manual_backward", "suits_kernels"]
 
+_MANY = 128  # rows; for fewer a call of a kernel costs more than it saves
+
 _choice: bool | None = None
 
 
@@ -58,7 +60,7 @@ def suits_kernels(x: Tensor, *others: Tensor) -> bool:
     torch.func and forward-mode differentiation look into PyTorch's operations; ours have one derivative, backward.
     """
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in (x, *others))
-    if not plain or x.dim() < 2 or x.shape[-2] < 128 or not has_kernels(x.dtype):
+    if not plain or x.dim() < 2 or x.shape[-2] < _MANY or not has_kernels(x.dtype):
         return False
     return torch.compiler.is_compiling() or not any(_is_transformed(t) for t in (x, *others))
 
