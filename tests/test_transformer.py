@@ -22,6 +22,7 @@ from llama_edu.model.transformer import (
     forward_flops_by_component,
     residual_stream,
 )
+from llama_edu.training.precision import bf16_products
 
 BASE = {"dim": 64, "n_layers": 3, "n_heads": 8, "vocab_size": 300, "ffn_dim": 160, "max_seq_len": 256}
 VARIANTS = {
@@ -278,11 +279,15 @@ def test_half_precision_keeps_float32_angles_and_logits():
     assert mixed.dtype == torch.float32 and (mixed - exact).square().mean().sqrt() < 0.1
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "autocast"])
-def test_logits_of_many_positions_are_those_with_gradients(kind):
-    """Without gradients they are widened some rows at a time."""
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "autocast", "bf16 stream"])
+@pytest.mark.parametrize("tile", [64, 300])
+def test_logits_of_many_positions_are_those_with_gradients(kind, tile, monkeypatch):
+    """Without gradients they are widened a tile at a time."""
+    monkeypatch.setattr("llama_edu.model.transformer._TILE", tile)
     model = build(n_kv_heads=2)
-    if kind != "autocast":
+    if kind == "bf16 stream":
+        bf16_products(model, torch.optim.SGD(model.parameters()))
+    elif kind != "autocast":
         model.to(getattr(torch, kind))
     tokens = torch.randint(300, (5, 211), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
@@ -293,6 +298,12 @@ def test_logits_of_many_positions_are_those_with_gradients(kind):
     assert with_gradients.requires_grad and not without.requires_grad
     assert without.dtype == torch.float32 and without.shape == (5, 211, 300)
     torch.testing.assert_close(without, with_gradients.detach(), rtol=2**-7, atol=1e-3)
+    seen = []
+    model.output.register_forward_hook(lambda module, args, out: seen.append((args[0].shape, out.shape)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        watched = model._logits(hidden)
+    assert seen == [((5, 211, 64), (5, 211, 300))]  # whoever looks on sees all of it once
+    torch.testing.assert_close(watched, without, rtol=2**-7, atol=1e-3)
 
 
 def test_by_hand_and_by_autograd_give_the_same_gradients():

@@ -46,7 +46,7 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 # %% ../../notebooks/24_transformer.ipynb #f5264d11
-_ROWS = 512  # positions whose scores are computed at a time where they are widened
+_TILE = 2048  # rows and columns of the scores that are computed at a time where they are widened
 
 
 class Transformer(nn.Module):
@@ -188,18 +188,34 @@ class Transformer(nn.Module):
         return x if self.output is None else self._logits(x)
 
     def _logits(self, x: Float[Tensor, "batch seq dim"]) -> Float[Tensor, "batch seq vocab"]:
-        """Scores, float32 at least. A CPU widens many of them some rows at a time, while those are in its cache."""
-        plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if plain and not torch.is_grad_enabled() and x.shape[:2].numel() > _ROWS:
-            narrow = self.output(x[:0]).dtype  # of a product without rows: what the weights or autocast make of it
-            wide = torch.promote_types(narrow, torch.float32)
-            if narrow != wide:
-                logits = x.new_empty(*x.shape[:2], self.output.weight.shape[0], dtype=wide)
-                for rows, scores in zip(x.flatten(0, 1).split(_ROWS), logits.flatten(0, 1).split(_ROWS)):
-                    scores.copy_(self.output(rows))
-                return logits
-        logits = self.output(x)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        """Scores, float32 at least. A CPU widens many of them a tile at a time, while that is in its cache."""
+        matrix = self._narrow_matrix(x) if x.shape[:2].numel() * self.cfg.vocab_size > _TILE**2 else None
+        if matrix is None:
+            logits = self.output(x)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        x = x.to(matrix.dtype)
+        logits = x.new_empty(*x.shape[:2], len(matrix), dtype=torch.float32)
+        # More than the tiles take, which costs nothing: pages exist once they are written. But the largest block that
+        # glibc has seen freed, up to 32 MiB, sets how much of what the layers free it keeps, filled pages, for the
+        # next pass.
+        memory = x.new_empty(max(_TILE**2, 31 * 2**19))
+        for rows, of_rows in zip(x.flatten(0, 1).split(_TILE), logits.flatten(0, 1).split(_TILE)):
+            width = _TILE**2 // len(rows)
+            for columns, scores in zip(matrix.split(width), of_rows.split(width, 1)):
+                scores.copy_(torch.mm(rows, columns.T, out=memory[: scores.numel()].view(scores.shape)))
+        return logits
+
+    def _narrow_matrix(self, x: Tensor) -> Tensor | None:
+        """The matrix in 16 bits whose product with x is the scores, on a CPU without gradients if nobody watches."""
+        output = self.output
+        watched = output._forward_hooks or output._forward_pre_hooks or "forward" in vars(output)
+        plain = (type(output) is nn.Linear and output.bias is None) or hasattr(output, "bf16_weight")
+        if watched or not plain or type(x) is not Tensor or x.device.type != "cpu":
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        low = output(x[:0]).dtype  # of a product without rows: what the weights or autocast make of it
+        return getattr(output, "bf16_weight", output.weight).to(low) if low.itemsize == 2 else None
 
     @classmethod
     def from_pretrained(
