@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,12 @@ def broadcast(b: ir.IRBuilder, value: ir.Value, n: int) -> ir.Value:
 def address(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
     """A pointer to `kind`, `offset` bytes behind the pointer `base`."""
     return b.bitcast(b.gep(b.bitcast(base, I8.as_pointer()), [offset]), kind.as_pointer())
+
+
+def pointer(context, b: ir.IRBuilder, signature, args, array: int, at: int, kind: ir.Type) -> ir.Value:
+    """A pointer to `kind` at place args[at] of args[array]."""
+    data = context.make_array(signature.args[array])(context, b, args[array]).data
+    return b.bitcast(b.gep(data, [args[at]]), kind.as_pointer())
 
 
 def load(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
@@ -110,6 +117,21 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     is_nan = b.icmp_unsigned(">", b.and_(bits, const(0x7FFFFFFF)), const(0x7F800000))
     nearest = b.select(is_nan, b.or_(bits, const(0x400000)), nearest)
     return b.trunc(b.lshr(nearest, const(16)), half)
+
+
+def exp2(b: ir.IRBuilder, y: ir.Value, degree: int = 6) -> ir.Value:
+    """2 to each of a vector of 512 bits, -126 < y < 128: by degree 6 to 2e-7 of its value, by 4 to 4e-5."""
+    powers = [math.log(2) ** n / math.factorial(n) for n in range(degree + 1)]  # of 2 to the f, |f| <= 1/2
+    unary, ternary = (ir.FunctionType(y.type, [y.type] * n) for n in (1, 3))
+    fma = cgutils.get_or_insert_function(b.module, ternary, "llvm.fma.v16f32")
+    nearest = cgutils.get_or_insert_function(b.module, unary, "llvm.roundeven.v16f32")
+    times = ir.FunctionType(y.type, [y.type, y.type, y.type, I16, I32])  # 2 to the whole
+    times = cgutils.get_or_insert_function(b.module, times, "llvm.x86.avx512.mask.scalef.ps.512")
+    whole = b.call(nearest, [y])
+    f, e = b.fsub(y, whole), splat(F32, powers[-1])
+    for factor in powers[-2::-1]:
+        e = b.call(fma, [e, f, splat(F32, factor)])
+    return b.call(times, [e, whole, e, ir.Constant(I16, -1), ir.Constant(I32, 4)])
 
 
 @intrinsic

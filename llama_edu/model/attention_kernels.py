@@ -20,7 +20,6 @@ they are written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -43,11 +42,13 @@ from llama_edu.native import (
     broadcast,
     compiled,
     entries,
+    exp2,
     has_tiles,
     in_threads,
     largest,
     narrow,
     numbers,
+    pointer,
     splat,
     tile_instructions,
     to_bf16,
@@ -255,18 +256,12 @@ def _gather_by_tiles(weights, wide, turned, d, sums, rows, first):
 # 64, so what is done to rows of it is written in vectors here.
 
 
-def _place(context, b: ir.IRBuilder, signature, args, array: int, at: int, kind: ir.Type) -> ir.Value:
-    """A pointer to `kind` at place args[at] of args[array]."""
-    data = context.make_array(signature.args[array])(context, b, args[array]).data
-    return b.bitcast(b.gep(data, [args[at]]), kind.as_pointer())
-
-
 @intrinsic
 def _move(typingctx, x, x_at, out, o_at):
     """Copy 8 entries."""
 
     def codegen(context, b, signature, args):
-        source, to = (_place(context, b, signature, args, i, i + 1, vector(I32, 8)) for i in (0, 2))
+        source, to = (pointer(context, b, signature, args, i, i + 1, vector(I32, 8)) for i in (0, 2))
         b.store(b.load(source, align=4), to, align=4)
         return context.get_dummy_value()
 
@@ -279,9 +274,9 @@ def _join(typingctx, even, e_at, odd, o_at, out, at):
 
     def codegen(context, b, signature, args):
         numbers = vector(I16)
-        even, odd = (b.load(_place(context, b, signature, args, i, i + 1, numbers), align=4) for i in (0, 2))
+        even, odd = (b.load(pointer(context, b, signature, args, i, i + 1, numbers), align=4) for i in (0, 2))
         turns = ir.Constant(vector(I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
-        to = _place(context, b, signature, args, 4, 5, vector(I16, 2 * LANES))
+        to = pointer(context, b, signature, args, 4, 5, vector(I16, 2 * LANES))
         b.store(b.shuffle_vector(even, odd, turns), to, align=4)
         return context.get_dummy_value()
 
@@ -293,10 +288,10 @@ def _store(typingctx, x, x_at, out, o_at, factor):
     """16 numbers in float32, times a factor, as what `out` holds: float32 or bfloat16."""
 
     def codegen(context, b, signature, args):
-        x = b.load(_place(context, b, signature, args, 0, 1, vector(F32)), align=4)
+        x = b.load(pointer(context, b, signature, args, 0, 1, vector(F32)), align=4)
         x = b.fmul(x, broadcast(b, args[4], LANES))
         x = x if signature.args[2].dtype == types.float32 else to_bf16(b, x)
-        b.store(x, _place(context, b, signature, args, 2, 3, x.type), align=2)
+        b.store(x, pointer(context, b, signature, args, 2, 3, x.type), align=2)
         return context.get_dummy_value()
 
     return types.void(x, x_at, out, o_at, types.float32), codegen
@@ -366,11 +361,8 @@ def _exponentials(typingctx, row, scale, best, out):
         row, out = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 3))
         n = b.extract_value(row.shape, 0)
         scale, best = (broadcast(b, x, LANES) for x in args[1:3])
-        unary, ternary = (ir.FunctionType(floats, [floats] * n) for n in (1, 3))
-        fma = cgutils.get_or_insert_function(b.module, ternary, "llvm.fma.v16f32")
-        nearest = cgutils.get_or_insert_function(b.module, unary, "llvm.roundeven.v16f32")
-        power = ir.FunctionType(floats, [floats, floats, floats, I16, I32])  # e times 2 to the whole
-        power = cgutils.get_or_insert_function(b.module, power, "llvm.x86.avx512.mask.scalef.ps.512")
+        fma = ir.FunctionType(floats, [floats] * 3)
+        fma = cgutils.get_or_insert_function(b.module, fma, "llvm.fma.v16f32")
         before, loop, after = b.basic_block, b.append_basic_block("loop"), b.append_basic_block("after")
         b.branch(loop)
         b.position_at_end(loop)
@@ -381,11 +373,7 @@ def _exponentials(typingctx, row, scale, best, out):
             score = b.load(b.bitcast(b.gep(row.data, [place]), floats.as_pointer()), align=4)
             y = b.call(fma, [score, scale, b.fneg(best)])
             y = b.select(b.fcmp_ordered("<", y, splat(F32, -125.0)), splat(F32, -125.0), y)  # NaN stays
-            whole = b.call(nearest, [y])
-            f, e = b.fsub(y, whole), splat(F32, float(_POWERS[-1]))
-            for factor in _POWERS[-2::-1]:
-                e = b.call(fma, [e, f, splat(F32, float(factor))])
-            e = b.call(power, [e, whole, e, ir.Constant(I16, -1), ir.Constant(I32, 4)])
+            e = exp2(b, y)
             short = e if signature.args[3].dtype == types.float32 else to_bf16(b, e)
             b.store(short, b.bitcast(b.gep(out.data, [place]), short.type.as_pointer()), align=2)
             total.add_incoming(splat(F32, 0.0), before)
@@ -402,9 +390,6 @@ def _exponentials(typingctx, row, scale, best, out):
         return b.call(add, [ir.Constant(F32, 0.0), total], fastmath=("reassoc",))
 
     return types.float32(row, types.float32, types.float32, out), codegen
-
-
-_POWERS = [math.log(2) ** n / math.factorial(n) for n in range(7)]  # of 2 to the f, |f| <= 1/2
 
 
 @compiled
@@ -448,7 +433,7 @@ def _slopes_of_two(typingctx, scores, slopes, even, odd, parts, means, scale, sh
     """
 
     def codegen(context, b, signature, args):
-        place = lambda array, at, kind: _place(context, b, signature, args, array, at, vector(kind))
+        place = lambda array, at, kind: pointer(context, b, signature, args, array, at, vector(kind))
         scale, pairs = broadcast(b, args[6], LANES), []
         for i in range(2):
             part, mean = (broadcast(b, b.extract_value(args[n], i), LANES) for n in (4, 5))
@@ -480,7 +465,7 @@ def _rotation(n: int) -> Callable:
     @intrinsic
     def rotate(typingctx, pairs, at, cos, sin, p, sign):
         def codegen(context, b, signature, args):
-            place = lambda array, at, kind: _place(context, b, signature, args, array, at, vector(kind, n))
+            place = lambda array, at, kind: pointer(context, b, signature, args, array, at, vector(kind, n))
             pairs, cos, sin = place(0, 1, I32), *(b.load(place(i, 4, F32), align=4) for i in (2, 3))
             sin, both = b.fmul(sin, broadcast(b, args[5], n)), b.load(pairs, align=4)
             x = b.bitcast(b.shl(both, splat(I32, 16, n)), vector(F32, n))

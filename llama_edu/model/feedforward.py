@@ -11,12 +11,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .manual import is_manual
+from .manual import has_kernels, is_manual, suits_kernels
 
 # %% auto #0
 __all__ = ['FeedForward']
 
 # %% ../../notebooks/23_swiglu.ipynb #a0d2ffb0
+def _swiglu_gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    grad_gate = (gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
+    return grad_gate, silu.mul_(grad)
+
+
 class ManualSwiGLU(torch.autograd.Function):
     """silu(gate) * up with its backward pass by hand. Keeps the two inputs and recomputes the rest."""
 
@@ -28,11 +35,40 @@ class ManualSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        grad_gate = (gate - silu).add_(1).mul_(sigmoid).mul_(up).mul_(grad)
-        return grad_gate, silu.mul_(grad)
+        return _swiglu_gradients(grad, *ctx.saved_tensors)
+
+
+@torch.library.custom_op("llama_edu::swiglu", mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if _fits_kernel(gate, up):
+        from llama_edu.model.swiglu_kernel import gated
+
+        return gated(gate, up)
+    return F.silu(gate.contiguous()).mul_(up)
+
+
+@torch.library.custom_op(
+    "llama_edu::swiglu_backward", mutates_args=(), schema="(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)"
+)
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    if _fits_kernel(gate, up):
+        from llama_edu.model.swiglu_kernel import gated_backward
+
+        return gated_backward(grad, gate, up)
+    return _swiglu_gradients(grad, gate.contiguous(), up)
+
+
+def _fits_kernel(gate: Tensor, up: Tensor) -> bool:
+    alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
+    return alike and gate.device.type == "cpu" and gate.shape[-1] % 16 == 0 and has_kernels(gate.dtype)
+
+
+_swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+_swiglu_backward.register_fake(lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
+_swiglu.register_autograd(
+    lambda ctx, grad: _swiglu_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 # %% ../../notebooks/23_swiglu.ipynb #b7aa855d
 class FeedForward(nn.Module):
@@ -53,4 +89,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         gate, up = self.w1(x), self.w3(x)
-        return self.w2(ManualSwiGLU.apply(gate, up) if is_manual() else F.silu(gate) * up)
+        if is_manual():
+            return self.w2(ManualSwiGLU.apply(gate, up))
+        by_kernel = is_manual(default=suits_kernels(gate, up) and _fits_kernel(gate, up))
+        return self.w2(_swiglu(gate, up) if by_kernel else F.silu(gate) * up)
