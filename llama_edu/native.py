@@ -120,7 +120,7 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def exp2(b: ir.IRBuilder, y: ir.Value, degree: int = 6) -> ir.Value:
-    """2 to each of a vector of 512 bits, -126 < y < 128: by degree 6 to 2e-7 of its value, by 4 to 4e-5."""
+    """2 to each of a vector of 512 bits, y > -126, infinite from 128: to 2e-7 of its value, by degree 4 to 4e-5."""
     powers = [math.log(2) ** n / math.factorial(n) for n in range(degree + 1)]  # of 2 to the f, |f| <= 1/2
     unary, ternary = (ir.FunctionType(y.type, [y.type] * n) for n in (1, 3))
     fma = cgutils.get_or_insert_function(b.module, ternary, "llvm.fma.v16f32")

@@ -294,6 +294,7 @@ def test_logits_of_many_positions_are_those_with_gradients(kind, tile, monkeypat
         hidden = model.hidden(tokens).detach()
         with_gradients = model._logits(hidden)
         with torch.no_grad():
+            assert (model._narrow_matrix(hidden) is not None) == (kind != "float32")
             without = model._logits(hidden)
     assert with_gradients.requires_grad and not without.requires_grad
     assert without.dtype == torch.float32 and without.shape == (5, 211, 300)

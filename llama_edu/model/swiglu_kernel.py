@@ -52,7 +52,7 @@ class _Access:
         self.b.store(x if self.floats else to_bf16(self.b, x), self.spot(array), align=2)
 
     def sigmoid(self, x: ir.Value) -> ir.Value:
-        """1 / (1 + e to the -x); for bfloat16 to 1e-4 of its value, a fortieth of what rounding changes."""
+        """1 / (1 + e to the -x); for bfloat16 to 1e-4 of its value, a twentieth of what rounding may change."""
         b, one = self.b, splat(F32, 1.0)
         y = b.fmul(x, splat(F32, -1 / math.log(2)))
         for sign, limit in ((">", 200.0), ("<", -125.0)):  # 2 to the 200 is infinite, and one by that 0

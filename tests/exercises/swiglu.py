@@ -8,8 +8,7 @@ _BACK = (
     "    slope = s + silu * (1 - s)\n"
 )
 _WIDTH = (
-    "def hidden_width(dim, multiple_of, multiplier):\n"
-    "    k, m = 1 if multiplier is None else multiplier, multiple_of\n"
+    "def hidden_width(dim, multiple_of, multiplier):\n    k, m = 1 if multiplier is None else multiplier, multiple_of\n"
 )
 
 MISTAKES = [
