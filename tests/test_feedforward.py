@@ -103,11 +103,16 @@ def test_the_kernel_rounds_the_exact_result(dtype, shape):
     exact.backward(grad.double())
     out, gradients = _swiglu(gate, up), _swiglu_backward(grad, gate, up)
     assert {x.dtype for x in (out, *gradients)} == {dtype}
-    if has_kernels(dtype) and shape[-1] % 16 == 0:
+    by_kernel = has_kernels(dtype) and shape[-1] % 16 == 0
+    if by_kernel:
         assert_near(out, exact.detach())
-        torch.testing.assert_close(gradients[1].double(), wide[1].grad, rtol=2**-7, atol=1e-30)
-        scale = (1 + gate.double().abs()) * (up * grad).double().abs()  # two terms that may cancel
-        assert ((gradients[0].double() - wide[0].grad).abs() <= 2 * torch.finfo(dtype).eps * scale + 1e-30).all()
+    else:
+        torch.testing.assert_close(out, F.silu(gate) * up)
+    torch.testing.assert_close(gradients[1].double(), wide[1].grad, rtol=2**-7 if by_kernel else 2**-6, atol=1e-30)
+    scale = (1 + gate.double().abs()) * (up * grad).double().abs()  # two terms that may cancel
+    roundings = 2 if by_kernel else 5
+    error = (gradients[0].double() - wide[0].grad).abs()
+    assert (error <= roundings * torch.finfo(dtype).eps * scale + 1e-30).all()
     leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
     torch.library.opcheck(_swiglu, leaves)
     torch.library.opcheck(_swiglu_backward, (grad, gate, up))

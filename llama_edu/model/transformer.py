@@ -195,10 +195,10 @@ class Transformer(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         x = x.to(matrix.dtype)
         logits = x.new_empty(*x.shape[:2], len(matrix), dtype=torch.float32)
-        # More than the tiles take, which costs nothing: pages exist once they are written. But the largest block that
-        # glibc has seen freed, up to 32 MiB, sets how much of what the layers free it keeps, filled pages, for the
-        # next pass.
-        memory = x.new_empty(max(_TILE**2, 31 * 2**19))
+        # More than _TILE**2, which costs nothing: only pages that are written exist. But from the largest block it has
+        # seen freed, up to 32 MiB, glibc takes how much to keep of what the layers free. What it gives back to the
+        # system has to be filled with zeros again in the next pass.
+        memory = x.new_empty(31 * 2**19)
         for rows, of_rows in zip(x.flatten(0, 1).split(_TILE), logits.flatten(0, 1).split(_TILE)):
             width = _TILE**2 // len(rows)
             for columns, scores in zip(matrix.split(width), of_rows.split(width, 1)):
