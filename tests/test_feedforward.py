@@ -142,14 +142,15 @@ def test_the_kernel_refuses_what_does_not_fit():
         inspect.unwrap(gated_backward)(x[:1], x, x)
 
 
+def ran(layer, *x) -> bool:
+    with profile() as seen:
+        layer(*x)
+    return "llama_edu::swiglu" in {e.key for e in seen.key_averages()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_serves_many_rows_unless_told_otherwise(dtype):
     layer, x = FeedForward(32, 96).to(dtype), torch.randn(2, 128, 32).to(dtype)
-
-    def ran(layer, x):
-        with profile() as seen:
-            layer(x)
-        return "llama_edu::swiglu" in {e.key for e in seen.key_averages()}
 
     assert ran(layer, x) == has_kernels(dtype)
     assert not ran(layer, x[:, :127]) and not ran(FeedForward(32, 88).to(dtype), x)
@@ -173,3 +174,10 @@ def test_the_kernel_under_the_compiler():
         y = run(layer, leaf)
         results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = layer.to(dtype), x.to(dtype)
+        compiled(*args)
+        assert ran(compiled, *args) == has_kernels(dtype)
+        with torch.no_grad():  # the compiler writes float32 over what is no longer needed
+            torch.testing.assert_close(compiled(*args), layer(args[1]), rtol=2e-2, atol=1e-2)
+            assert ran(compiled, *args) == (has_kernels(dtype) and dtype == torch.bfloat16)

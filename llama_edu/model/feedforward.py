@@ -63,6 +63,11 @@ def _fits_kernel(gate: Tensor, up: Tensor) -> bool:
     return alike and gate.device.type == "cpu" and gate.shape[-1] % 16 == 0 and has_kernels(gate.dtype)
 
 
+def _compiler_reuses(gate: Tensor) -> bool:
+    """Whether a compiler writes the result over `gate`: without new memory float32 is faster than by the kernel."""
+    return torch.compiler.is_compiling() and gate.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
 _swiglu.register_fake(lambda gate, up: gate.new_empty(gate.shape))
 _swiglu_backward.register_fake(lambda grad, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 _swiglu.register_autograd(
@@ -91,5 +96,5 @@ class FeedForward(nn.Module):
         gate, up = self.w1(x), self.w3(x)
         if is_manual():
             return self.w2(ManualSwiGLU.apply(gate, up))
-        by_kernel = is_manual(default=suits_kernels(gate, up) and _fits_kernel(gate, up))
-        return self.w2(_swiglu(gate, up) if by_kernel else F.silu(gate) * up)
+        by_kernel = suits_kernels(gate, up) and _fits_kernel(gate, up) and not _compiler_reuses(gate)
+        return self.w2(_swiglu(gate, up) if is_manual(default=by_kernel) else F.silu(gate) * up)
