@@ -47,7 +47,6 @@ class TransformerBlock(nn.Module):
 
 # %% ../../notebooks/24_transformer.ipynb #f5264d11
 _TILE = 2048  # rows and columns of the scores that are computed at a time where they are widened
-_LARGE = 31 * 2**20  # bytes: just under the largest block from which glibc learns how much to keep
 
 
 class Transformer(nn.Module):
@@ -133,11 +132,6 @@ class Transformer(nn.Module):
             )
         mask = None if document_ids is None else document_mask(document_ids)
         x = tokens if self.tok_embeddings is None else self._embed(tokens)
-        if x.device.type == "cpu":
-            # Of what the layers free glibc keeps twice the largest block that it has seen freed. The rest goes back to
-            # the system, and has to be filled with zeros again in the next pass. This block costs nothing: only pages
-            # that are written exist.
-            torch.empty(_LARGE, dtype=torch.uint8, device="cpu")
         for index, layer in self.layers.items():
             x = layer(x, cos, sin, mask, cache, int(index))
         if cache is not None:
@@ -201,7 +195,10 @@ class Transformer(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         x = x.to(matrix.dtype)
         logits = x.new_empty(*x.shape[:2], len(matrix), dtype=torch.float32)
-        memory = x.new_empty(_TILE**2)
+        # More than _TILE**2, which costs nothing: only pages that are written exist. But from the largest block it has
+        # seen freed, up to 32 MiB, glibc takes how much to keep of what the layers free. What it gives back to the
+        # system has to be filled with zeros again in the next pass.
+        memory = x.new_empty(31 * 2**19)
         for rows, of_rows in zip(x.flatten(0, 1).split(_TILE), logits.flatten(0, 1).split(_TILE)):
             width = _TILE**2 // len(rows)
             for columns, scores in zip(matrix.split(width), of_rows.split(width, 1)):
