@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import platform
 import subprocess
 import sys
 
@@ -305,6 +306,23 @@ def test_logits_of_many_positions_are_those_with_gradients(kind, tile, monkeypat
         watched = model._logits(hidden)
     assert seen == [((5, 211, 64), (5, 211, 300))]  # whoever looks on sees all of it once
     torch.testing.assert_close(watched, without, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what becomes of freed memory is glibc's affair")
+def test_the_memory_of_a_pass_is_there_for_the_next():
+    code = f"""
+import resource, statistics, torch
+from llama_edu import LlamaConfig, Transformer
+model = Transformer(LlamaConfig(**{BASE | {"dim": 288, "ffn_dim": 768, "max_seq_len": 512}}))
+tokens, faults = torch.zeros(4, 512, dtype=torch.long), [0]
+for _ in range(12):
+    with torch.no_grad():
+        model(tokens)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(statistics.median(b - a for a, b in zip(faults[4:], faults[5:])))
+"""
+    pages = float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert pages < 700  # new ones in a pass; a single tensor of the feed-forward layer has 1536
 
 
 def test_by_hand_and_by_autograd_give_the_same_gradients():

@@ -48,6 +48,12 @@ class TransformerBlock(nn.Module):
 # %% ../../notebooks/24_transformer.ipynb #f5264d11
 _TILE = 2048  # rows and columns of the scores that are computed at a time where they are widened
 
+# Of memory that is freed glibc keeps twice the largest block it has seen freed, up to 32 MiB; the rest goes back to the
+# system, and the next pass has to fill it with zeros again. This block, which costs nothing, since only pages that are
+# written exist, says so once. In each pass it would be less innocent: small allocations that outlive the pass end up
+# between such blocks, and the heap grows by 31 MiB a pass.
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
 
 class Transformer(nn.Module):
     """A Llama: token ids in, one logit for every token of the vocabulary out.
@@ -195,10 +201,7 @@ class Transformer(nn.Module):
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         x = x.to(matrix.dtype)
         logits = x.new_empty(*x.shape[:2], len(matrix), dtype=torch.float32)
-        # More than _TILE**2, which costs nothing: only pages that are written exist. But from the largest block it has
-        # seen freed, up to 32 MiB, glibc takes how much to keep of what the layers free. What it gives back to the
-        # system has to be filled with zeros again in the next pass.
-        memory = x.new_empty(31 * 2**19)
+        memory = x.new_empty(_TILE**2)
         for rows, of_rows in zip(x.flatten(0, 1).split(_TILE), logits.flatten(0, 1).split(_TILE)):
             width = _TILE**2 // len(rows)
             for columns, scores in zip(matrix.split(width), of_rows.split(width, 1)):
