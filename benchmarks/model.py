@@ -8,7 +8,8 @@
 here: `pip install --no-deps litgpt lightning lightning-utilities torchmetrics`.
 
 All models of one size and precision are built from the same shape, each in a process of its own, as it would be used:
-in a shared one a step had the memory that another project's had just freed. They take their steps in turns, so that
+in a shared one a step had the memory that another project's had just freed, and what one project does to the process
+when it is imported (ours: `llama_edu/model/transformer.py`) served the others. They take their steps in turns, so that
 they meet the same machine. "forward" gives float32 scores of all tokens, without gradients; "forward+backward" is the
 gradient of each project's own loss on the same tokens. Printed: the median of the tokens a second, the ratio to the
 best peer (the median over the rounds of the ratio within each round), and how far resident memory rises in a step.
@@ -33,11 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama_edu import LlamaConfig, Transformer
-from llama_edu.data.tokens import Batch
-from llama_edu.training import backward_batch
-from llama_edu.training.loss import CHUNK
-from llama_edu.training.precision import bf16_products
+from llama_edu import LlamaConfig
 
 SHAPES = {
     "15m": {"dim": 288, "n_layers": 6, "n_heads": 6, "ffn_dim": 768, "tie_embeddings": True},
@@ -49,11 +46,15 @@ Parts = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], 
 
 
 def ours(cfg: LlamaConfig) -> Parts:
+    from llama_edu import Transformer
+
     model = Transformer(cfg)
     return model, model, None
 
 
 def ours_bf16_stream(cfg: LlamaConfig) -> Parts:
+    from llama_edu.training.precision import bf16_products
+
     parts = ours(cfg)
     bf16_products(parts[0], torch.optim.SGD(parts[0].parameters()))
     return parts
@@ -131,6 +132,11 @@ def make_step(name: str, args: argparse.Namespace, size: str, dtype: str, compil
     tokens = torch.randint(0, args.vocab, (args.batch, args.seq + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     autocast = dtype == "autocast" and name != "ours, bf16 stream"
+
+    if own_loss is None:
+        from llama_edu.data.tokens import Batch
+        from llama_edu.training import backward_batch
+        from llama_edu.training.loss import CHUNK
 
     def forward() -> None:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
