@@ -10,6 +10,7 @@ import unittest.mock
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +37,7 @@ from llama_edu.model.attention import (
 )
 from llama_edu.model.manual import has_kernels, manual_backward
 from llama_edu.model.rope import apply_rope, rope_table
+from llama_edu.native import _powers_of_two
 
 
 def heads(batch=2, n_heads=4, n_kv_heads=2, seq=12, head_dim=8, dtype=torch.float64, seed=0):
@@ -108,6 +110,15 @@ def test_blocks_are_an_operation_that_a_compiler_may_trust(batch, n_kv_heads, dt
         assert ops.block_attention(q, k, v).stride() == forward.stride()
         for real, fake in zip(ops.block_attention_backward(q, q, k, v), backward):
             assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+
+
+@pytest.mark.parametrize(("degree", "limit"), [(3, 2e-4), (4, 7e-6), (5, 2.1e-7)])
+def test_powers_of_two_are_as_near_as_they_say(degree, limit):
+    """The largest weight of a row is 1 before it is divided: its power, the 0th, is exact."""
+    powers, f = _powers_of_two(degree), np.linspace(-0.5, 0.5, 10_001)
+    assert len(powers) == degree + 1 and powers[0] == 1
+    off = abs(np.polynomial.polynomial.polyval(f, powers) / np.exp2(f) - 1)
+    assert limit / 2 < off.max() < limit
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -20,7 +20,9 @@ they are written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ from llama_edu.native import (
     I32,
     I64,
     LANES,
+    address,
     atomic_add,
     broadcast,
     compiled,
@@ -45,8 +48,6 @@ from llama_edu.native import (
     exp2,
     has_tiles,
     in_threads,
-    largest,
-    narrow,
     numbers,
     pointer,
     splat,
@@ -256,31 +257,38 @@ def _gather_by_tiles(weights, wide, turned, d, sums, rows, first):
 # 64, so what is done to rows of it is written in vectors here.
 
 
+def _row_spot(context, b, signature, args, array: int, kind: ir.Type) -> ir.Value:
+    """A pointer to row args[array + 1], column args[array + 2] of a matrix, whose rows need not follow each other."""
+    x = context.make_array(signature.args[array])(context, b, args[array])
+    places = zip(args[array + 1 : array + 3], cgutils.unpack_tuple(b, x.strides))
+    return address(b, x.data, reduce(b.add, [b.mul(place, stride) for place, stride in places]), kind)
+
+
 @intrinsic
-def _move(typingctx, x, x_at, out, o_at):
+def _move(typingctx, x, row, p, out, at):
     """Copy 8 entries."""
 
     def codegen(context, b, signature, args):
-        source, to = (pointer(context, b, signature, args, i, i + 1, vector(I32, 8)) for i in (0, 2))
-        b.store(b.load(source, align=4), to, align=4)
+        source = _row_spot(context, b, signature, args, 0, vector(I32, 8))
+        b.store(b.load(source, align=4), pointer(context, b, signature, args, 3, 4, vector(I32, 8)), align=4)
         return context.get_dummy_value()
 
-    return types.void(x, x_at, out, o_at), codegen
+    return types.void(x, types.int64, types.int64, out, types.int64), codegen
 
 
 @intrinsic
-def _join(typingctx, even, e_at, odd, o_at, out, at):
-    """8 pairs of each of two rows become 16 pairs of numbers that stand one below the other."""
+def _join(typingctx, x, even, p, y, odd, q, out, at):
+    """8 pairs of a row of x, from place p, and of a row of y become 16 pairs of numbers, one below the other."""
 
     def codegen(context, b, signature, args):
-        numbers = vector(I16)
-        even, odd = (b.load(pointer(context, b, signature, args, i, i + 1, numbers), align=4) for i in (0, 2))
+        even, odd = (b.load(_row_spot(context, b, signature, args, i, vector(I16)), align=4) for i in (0, 3))
         turns = ir.Constant(vector(I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
-        to = pointer(context, b, signature, args, 4, 5, vector(I16, 2 * LANES))
+        to = pointer(context, b, signature, args, 6, 7, vector(I16, 2 * LANES))
         b.store(b.shuffle_vector(even, odd, turns), to, align=4)
         return context.get_dummy_value()
 
-    return types.void(even, e_at, odd, o_at, out, at), codegen
+    place = types.int64, types.int64
+    return types.void(x, *place, y, *place, out, types.int64), codegen
 
 
 @intrinsic
@@ -297,19 +305,48 @@ def _store(typingctx, x, x_at, out, o_at, factor):
     return types.void(x, x_at, out, o_at, types.float32), codegen
 
 
+@intrinsic
+def _turn_16(typingctx, x, row, p, out, at, width):
+    """out[at + c * width + j] = x[row + j, p + c], for c < 4 and j < 16."""
+
+    def codegen(context, b, signature, args):
+        x, four = context.make_array(signature.args[0])(context, b, args[0]), vector(I32, 4)
+        by_row, by_column = cgutils.unpack_tuple(b, x.strides)
+        join = lambda x, y, order: b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
+        corner = b.add(b.mul(args[1], by_row), b.mul(args[2], by_column))
+        rows = [address(b, x.data, b.add(corner, b.mul(by_row, ir.Constant(I64, j))), four) for j in range(LANES)]
+        rows = [b.load(row, align=4) for row in rows]
+        one_in_four = []  # each quarter of a vector is of another row: 0, 4, 8 and 12, or the next
+        for j in range(4):
+            halves = [join(rows[j + first], rows[j + first + 4], list(range(8))) for first in (0, 8)]
+            one_in_four.append(join(*halves, list(range(16))))
+        # Four rows become four columns in two steps: neighbours that stand one below the other, then pairs of these.
+        quarters = lambda order: [4 * quarter + i for quarter in range(4) for i in order]
+        singles = [quarters((0, 16, 1, 17)), quarters((2, 18, 3, 19))]
+        pairs = [quarters((0, 1, 16, 17)), quarters((2, 3, 18, 19))]
+        above, below = ([join(*one_in_four[i : i + 2], order) for order in singles] for i in (0, 2))
+        columns = [join(above[c // 2], below[c // 2], pairs[c % 2]) for c in range(4)]
+        data = context.make_array(signature.args[3])(context, b, args[3]).data
+        for c, column in enumerate(columns):
+            place = b.add(args[4], b.mul(args[5], ir.Constant(I64, c)))
+            b.store(column, b.bitcast(b.gep(data, [place]), column.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    whole = types.int64
+    return types.void(x, whole, whole, out, whole, whole), codegen
+
+
 @compiled
 def _turn(x, out, width):
     """out[p, j] = pair p of row j of x, for products that sum along a row."""
     n, half = x.shape
-    for first in range(0, n, 16):
-        if first + 16 <= n:
-            for p in range(half):
-                for j in range(16):
-                    out[p * width + first + j] = x[first + j, p]
-        else:
-            for p in range(half):
-                for j in range(first, n):
-                    out[p * width + j] = x[j, p]
+    whole = n // LANES * LANES
+    for first in range(0, whole, LANES):
+        for p in range(0, half, 4):
+            _turn_16(x, first, p, out, p * width + first, width)
+    for p in range(half):
+        for j in range(whole, n):
+            out[p * width + j] = x[j, p]
 
 
 @compiled
@@ -321,16 +358,16 @@ def _join_rows(x, first, last, nothing, out, d):
         for p in range(0, half, 8):
             to = i * d + 2 * p
             if row + 1 < last:
-                _join(x[row], p, x[row + 1], p, out, to)
+                _join(x, row, p, x, row + 1, p, out, to)
             else:
-                _join(x[row], p, nothing, 0, out, to)
+                _join(x, row, p, nothing, 0, 0, out, to)
 
 
 @compiled
 def _copy(x, first, last, out, row):
     for i in range(first, last):
         for p in range(0, x.shape[1], 8):
-            _move(x[i], p, out, (i - first) * row + p)
+            _move(x, i, p, out, (i - first) * row + p)
 
 
 @compiled
@@ -341,84 +378,97 @@ def _write(x, row, out, first, last):
             _store(x, (i - first) * row + c, out[i], c, np.float32(1))
 
 
-@compiled
-def _write_turned(x, row, out):
-    """Columns of float32 to the rows of out."""
-    for i in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            out[i, c] = narrow(x[c * row + i], out)
+def _weigh_row(context, b, signature, args, degree: int, slope: int | None = None) -> tuple[ir.Value, ir.Value]:
+    """To `out`, which may be `row`: e to the scaled scores, less the largest. Their sum, and that of them times slopes.
+
+    The first arguments are row, at, keys, seen, scale, out and its `at`. Of `keys` numbers, a multiple of 64, all but
+    up to 63 are seen; what is not gets 0, and so does its slope. `degree` is that of `native.exp2`; `slope` the place
+    of the argument, if there is one. In vectors: a compiler that prefers the shorter ones takes twice as long.
+    """
+    _, _, keys, seen, scale, *_ = args
+    starts, const = range(0, 64, LANES), lambda v: ir.Constant(I64, v)
+    short = signature.args[5].dtype != types.float32
+    tail = b.sub(keys, const(64))
+
+    def spot(array: int, first: ir.Value, start: int) -> ir.Value:
+        data = context.make_array(signature.args[array])(context, b, args[array]).data
+        place = b.add(b.add(args[array + 1], first), const(start))
+        return b.bitcast(b.gep(data, [place]), vector(I16 if array == 5 and short else F32).as_pointer())
+
+    def keep_seen(array: int, start: int, otherwise: float) -> ir.Value:
+        lanes = ir.Constant(vector(I32), list(range(start, start + LANES)))
+        is_seen = b.icmp_signed("<", lanes, broadcast(b, b.trunc(b.sub(seen, tail), I32), LANES))
+        x = b.load(here := spot(array, tail, start), align=2)
+        b.store(x := b.select(is_seen, x, splat(x.type.element, otherwise)), here, align=2)
+        return x
+
+    larger = lambda x, best: b.select(b.fcmp_ordered(">", x, best), x, best)
+    bests = [cgutils.alloca_once_value(b, keep_seen(0, start, -math.inf)) for start in starts]
+    with cgutils.for_range_slice(b, const(0), tail, const(64)) as (first, _):
+        for best, start in zip(bests, starts):
+            b.store(larger(b.load(spot(0, first, start), align=4), b.load(best)), best)
+    best = reduce(larger, [b.load(best) for best in bests])
+    for apart in (8, 4, 2, 1):
+        best = larger(best, b.shuffle_vector(best, best, ir.Constant(vector(I32), [i ^ apart for i in range(LANES)])))
+    if slope is not None:
+        for start in starts:
+            keep_seen(slope, start, 0.0)  # 0 * what is not seen would be NaN where that is infinite
+
+    scale = broadcast(b, b.fmul(scale, ir.Constant(F32, 1 / math.log(2))), LANES)  # e to the x is 2 to the x / log 2
+    shift = b.fneg(b.fmul(best, scale))
+    fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(best.type, [best.type] * 3), "llvm.fma.v16f32")
+    sums = [[cgutils.alloca_once_value(b, splat(F32, 0.0)) for _ in starts] for _ in range(2)]
+    with cgutils.for_range_slice(b, const(0), keys, const(64)) as (first, _):
+        for total, mean, start in zip(*sums, starts):
+            y = b.call(fma, [b.load(spot(0, first, start), align=4), scale, shift])
+            y = b.select(b.fcmp_ordered("<", y, splat(F32, -125.0)), splat(F32, -125.0), y)  # NaN stays
+            e = exp2(b, y, degree)
+            b.store(to_bf16(b, e) if short else e, spot(5, first, start), align=2)
+            b.store(b.fadd(b.load(total), e), total)
+            if slope is not None:
+                b.store(b.call(fma, [e, b.load(spot(slope, first, start), align=4), b.load(mean)]), mean)
+    for start in starts:
+        keep_seen(5, start, 0)
+    add = ir.FunctionType(F32, [F32, best.type])
+    add = cgutils.get_or_insert_function(b.module, add, "llvm.vector.reduce.fadd.v16f32")
+    sums = [reduce(b.fadd, [b.load(part) for part in parts]) for parts in sums]
+    return tuple(b.call(add, [ir.Constant(F32, 0.0), total], fastmath=("reassoc",)) for total in sums)
 
 
 @intrinsic
-def _exponentials(typingctx, row, scale, best, out):
-    """out[j] = 2 to the (row[j] * scale - best), to 2e-7 of its value; returns the sum. Rows of 64, 128, ... numbers.
-
-    As `native.exp`, written in vectors: a compiler that prefers the shorter ones takes twice as long.
-    """
+def _weigh(typingctx, row, at, keys, seen, scale, out, o_at):
+    """`_weigh_row` for weights that stay float32, or are rounded to bfloat16; returns the sum."""
+    degree, whole = 5 if out.dtype == types.float32 else 3, types.int64
 
     def codegen(context, b, signature, args):
-        floats, four = vector(F32), range(0, 64, LANES)
-        row, out = (context.make_array(signature.args[i])(context, b, args[i]) for i in (0, 3))
-        n = b.extract_value(row.shape, 0)
-        scale, best = (broadcast(b, x, LANES) for x in args[1:3])
-        fma = ir.FunctionType(floats, [floats] * 3)
-        fma = cgutils.get_or_insert_function(b.module, fma, "llvm.fma.v16f32")
-        before, loop, after = b.basic_block, b.append_basic_block("loop"), b.append_basic_block("after")
-        b.branch(loop)
-        b.position_at_end(loop)
-        first, sums = b.phi(I64), [b.phi(floats) for _ in four]
-        first.add_incoming(ir.Constant(I64, 0), before)
-        for at, total in zip(four, sums):
-            place = b.add(first, ir.Constant(I64, at))
-            score = b.load(b.bitcast(b.gep(row.data, [place]), floats.as_pointer()), align=4)
-            y = b.call(fma, [score, scale, b.fneg(best)])
-            y = b.select(b.fcmp_ordered("<", y, splat(F32, -125.0)), splat(F32, -125.0), y)  # NaN stays
-            e = exp2(b, y)
-            short = e if signature.args[3].dtype == types.float32 else to_bf16(b, e)
-            b.store(short, b.bitcast(b.gep(out.data, [place]), short.type.as_pointer()), align=2)
-            total.add_incoming(splat(F32, 0.0), before)
-            total.add_incoming(b.fadd(total, e), loop)
-        following = b.add(first, ir.Constant(I64, 64))
-        first.add_incoming(following, loop)
-        b.cbranch(b.icmp_signed("<", following, n), loop, after)
-        b.position_at_end(after)
-        total = sums[0].incomings[1][0]
-        for other in sums[1:]:
-            total = b.fadd(total, other.incomings[1][0])
-        add = ir.FunctionType(F32, [F32, floats])
-        add = cgutils.get_or_insert_function(b.module, add, "llvm.vector.reduce.fadd.v16f32")
-        return b.call(add, [ir.Constant(F32, 0.0), total], fastmath=("reassoc",))
+        return _weigh_row(context, b, signature, args, degree)[0]
 
-    return types.float32(row, types.float32, types.float32, out), codegen
+    return types.float32(row, whole, whole, whole, types.float32, out, whole), codegen
 
 
-@compiled
-def _weigh(row, seen, scale, out):
-    """To `out`, which may be `row`: e to the scaled score, less the largest; 0 for what is not seen. Returns the sum.
+def _leaning(degree: int) -> Callable:
+    """A numba function: `_weigh_row` in place. Returns 1 / the sum, and the mean slope."""
 
-    All loops go over whole rows, which are whole vectors: numbers left over would be computed one by one.
-    """
-    row[seen:] = -np.inf
-    scale *= np.float32(1.4426950408889634)  # e to the x is 2 to the x / log 2
-    total = _exponentials(row, scale, largest(row) * scale, out)
-    out[seen:] = 0
-    return total
+    @intrinsic
+    def lean(typingctx, row, at, keys, seen, scale, out, o_at, slope, s_at):
+        def codegen(context, b, signature, args):
+            total, mean = _weigh_row(context, b, signature, args, degree, slope=7)
+            values = [b.fdiv(ir.Constant(F32, 1.0), total), b.fdiv(mean, total)]
+            return context.make_tuple(b, signature.return_type, values)
+
+        whole, two = types.int64, types.UniTuple(types.float32, 2)
+        return two(row, whole, whole, whole, types.float32, out, whole, slope, whole), codegen
+
+    return lean
 
 
-@compiled
-def _lean(row, slope, seen, scale):
-    """`_weigh`, and the gradient of what is not seen becomes 0. Returns 1 / the sum, and the mean gradient."""
-    total, mean = _weigh(row, seen, scale, row), np.float32(0)
-    slope[seen:] = np.float32(0)  # 0 * what is not seen would be NaN where that is infinite
-    for j in range(row.size):
-        mean += row[j] * slope[j]
-    return np.float32(1) / total, mean / total
+_lean, _lean_short = _leaning(5), _leaning(3)  # for weights that stay float32, and for those that are rounded later
 
 
 @compiled
 def _slopes(row, slope, seen, scale):
     """From scores, and the gradient of the weights, to the weights and the gradient of the scores; in place."""
-    part, mean = _lean(row, slope, seen, scale)
+    part, mean = _lean(row, 0, row.size, seen, scale, row, 0, slope, 0)
     for j in range(row.size):
         row[j] *= part
         slope[j] = row[j] * (slope[j] - mean) * scale
@@ -460,22 +510,23 @@ def _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, wei
 
 
 def _rotation(n: int) -> Callable:
-    """A numba function for n pairs of `_rotate`: those from place `at`, by the angles from place p."""
+    """A numba function: copy n pairs of bfloat16 from row i of x, place p, turned by the angles in row i, place p."""
 
     @intrinsic
-    def rotate(typingctx, pairs, at, cos, sin, p, sign):
+    def rotate(typingctx, x, i, p, cos, c_row, c_at, sin, s_row, s_at, out, at):
         def codegen(context, b, signature, args):
-            place = lambda array, at, kind: pointer(context, b, signature, args, array, at, vector(kind, n))
-            pairs, cos, sin = place(0, 1, I32), *(b.load(place(i, 4, F32), align=4) for i in (2, 3))
-            sin, both = b.fmul(sin, broadcast(b, args[5], n)), b.load(pairs, align=4)
+            spot = lambda array, kind: _row_spot(context, b, signature, args, array, vector(kind, n))
+            cos, sin, both = (b.load(spot(*place), align=4) for place in ((3, F32), (6, F32), (0, I32)))
             x = b.bitcast(b.shl(both, splat(I32, 16, n)), vector(F32, n))
             y = b.bitcast(b.and_(both, splat(I32, 0xFFFF0000, n)), vector(F32, n))
             turned = b.fsub(b.fmul(x, cos), b.fmul(y, sin)), b.fadd(b.fmul(x, sin), b.fmul(y, cos))
             low, high = (b.zext(to_bf16(b, number), vector(I32, n)) for number in turned)
-            b.store(b.or_(low, b.shl(high, splat(I32, 16, n))), pairs, align=4)
+            to = pointer(context, b, signature, args, 9, 10, vector(I32, n))
+            b.store(b.or_(low, b.shl(high, splat(I32, 16, n))), to, align=4)
             return context.get_dummy_value()
 
-        return types.void(pairs, types.int64, cos, sin, types.int64, types.float32), codegen
+        place = types.int64, types.int64
+        return types.void(x, *place, cos, *place, sin, *place, out, types.int64), codegen
 
     return rotate
 
@@ -484,23 +535,84 @@ _rotate_8, _rotate_16 = _rotation(8), _rotation(16)
 
 
 @compiled
-def _rotate(pairs, cos, sin, sign):
-    """Turn a row of 8, 16, 24, ... pairs of bfloat16 by their angles, or back with sign -1."""
-    whole = pairs.size // 16 * 16
-    for p in range(0, whole, 16):
-        _rotate_16(pairs, p, cos, sin, p, sign)
-    if whole < pairs.size:
-        _rotate_8(pairs, whole, cos, sin, whole, sign)
+def _copy_rotated(x, first, last, out, row, cos, sin):
+    """`_copy`, and turn the rows by their angles, if there are tables."""
+    if cos.size == 0:
+        _copy(x, first, last, out, row)
+        return
+    whole = x.shape[1] // LANES * LANES
+    for i in range(first, last):
+        at = (i - first) * row
+        for p in range(0, whole, LANES):
+            _rotate_16(x, i, p, cos, i, p, sin, i, p, out, at + p)
+        if whole < x.shape[1]:
+            _rotate_8(x, i, whole, cos, i, whole, sin, i, whole, out, at + whole)
+
+
+@intrinsic
+def _store_rotated(typingctx, x, at, out, row, column, cos, c_row, c_at, sin, s_row, s_at):
+    """8 pairs of float32, turned back by their angles, to a row of bfloat16."""
+
+    def codegen(context, b, signature, args):
+        spot = lambda array, kind: _row_spot(context, b, signature, args, array, kind)
+        order = lambda x, places: b.shuffle_vector(x, x, ir.Constant(vector(I32), places))
+        twice = [i // 2 for i in range(LANES)]
+        cos, sin = (order(b.load(spot(array, vector(F32, 8)), align=4), twice) for array in (5, 8))
+        x = b.load(pointer(context, b, signature, args, 0, 1, vector(F32)), align=4)
+        across = b.fmul(order(x, [i ^ 1 for i in range(LANES)]), ir.Constant(vector(F32), [1.0, -1.0] * 8))
+        turned = b.fadd(b.fmul(x, cos), b.fmul(across, sin))
+        b.store(to_bf16(b, turned), spot(2, vector(I16)), align=2)
+        return context.get_dummy_value()
+
+    place = types.int64, types.int64
+    return types.void(x, types.int64, out, *place, cos, *place, sin, *place), codegen
 
 
 @compiled
-def _copy_rotated(x, first, last, out, row, cos, sin):
-    """`_copy`, and turn the rows by their angles, if there are tables."""
-    _copy(x, first, last, out, row)
-    if cos.size > 0:
-        for i in range(first, last):
-            at = (i - first) * row
-            _rotate(out[at : at + x.shape[1]], cos[i], sin[i], np.float32(1))
+def _write_rotated(x, row, out, first, last, cos, sin):
+    """`_write`, turned back by the angles, if there are tables."""
+    if cos.size == 0:
+        _write(x, row, out, first, last)
+        return
+    for i in range(first, last):
+        for c in range(0, out.shape[1], LANES):
+            _store_rotated(x, (i - first) * row + c, out, i, c, cos, i, c // 2, sin, i, c // 2)
+
+
+@compiled
+def _write_turned(x, row, part, out, cos, sin):
+    """Columns of float32 to the rows of out, by way of `part`, 16 rows; turned back by the angles, if there are tables.
+
+    As `_write_rotated`, which takes 16 rows of as many numbers.
+    """
+    seq, d = out.shape
+    for first in range(0, seq, LANES):
+        for p in range(0, LANES, 4):
+            for c in range(0, d, LANES):
+                _turn_16(x, c, first + p, part, p * d + c, d)
+        _write_rotated(part.view(np.float32), d, out, first, min(first + LANES, seq), cos, sin)
+
+
+@compiled
+def _wide(seq):
+    """Numbers from row to row of a table over `seq` keys: whole vectors, and not a power of 2.
+
+    Rows at such distances share few places of the cache, and the 16 of a tile would drive each other out.
+    """
+    return (seq + 63) // 64 * 64 + 32
+
+
+@compiled
+def _new_entries(n):
+    """Entries that begin with a line of the cache: a row of a tile is then one line, and not parts of two."""
+    memory = np.zeros(n + 15, np.uint32)
+    first = np.int64(-np.int64(memory.ctypes.data) % 64) // 4
+    return memory[first : first + n]
+
+
+@compiled
+def _new_floats(n):
+    return _new_entries(n).view(np.float32)
 
 
 @compiled
@@ -511,14 +623,14 @@ def _forward(taken, tiles, q, k, v, cos, sin, out, parts):
     seq, d / 2) turn q and k; without any, (1, 0, 0), they stay as they are.
     """
     batch, heads, seq, half = q.shape
-    kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
+    kv, group, wide = k.shape[1], heads // k.shape[1], _wide(seq)
     d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
-    all_k = np.zeros((seq, half), np.uint32)
-    turned_k, joined_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(wide // 2 * d, np.uint32)
-    block, scores = np.zeros(_QUERIES * d // 2, np.uint32), np.zeros(_QUERIES * wide, np.float32)
-    weights, mixed = np.zeros(_QUERIES * wide // 2, np.uint32), np.zeros(_QUERIES * d, np.float32)
+    all_k = _new_entries(seq * half).reshape(seq, half)
+    turned_k, joined_v = _new_entries(d // 2 * wide), _new_entries(wide // 2 * d)
+    block, scores = _new_entries(_QUERIES * d // 2), _new_floats(_QUERIES * wide)
+    weights, mixed = _new_entries(_QUERIES * wide // 2), _new_floats(_QUERIES * d)
     short = weights.view(np.uint16)
-    totals, nothing = np.zeros(_QUERIES, np.float32), np.zeros(8, np.uint32)
+    totals, nothing = _new_floats(_QUERIES), np.zeros((1, 8), np.uint32)
     scale = np.float32(1 / np.sqrt(2 * half))
     if tiles:
         _set_tiles(True)
@@ -541,8 +653,7 @@ def _forward(taken, tiles, q, k, v, cos, sin, out, parts):
                 else:
                     _scores(block, turned_k, d // 2, scores, wide, rows, first)
                 for i in range(rows):
-                    row, to = scores[i * wide : i * wide + keys], short[i * wide : i * wide + keys]
-                    totals[i] = _weigh(row, first + i + 1, scale, to)
+                    totals[i] = _weigh(scores, i * wide, keys, first + i + 1, scale, short, i * wide)
                 if tiles:
                     _mix_by_tiles(weights, wide // 2, joined_v, d, mixed, rows, first)
                 else:
@@ -559,22 +670,24 @@ def _forward(taken, tiles, q, k, v, cos, sin, out, parts):
 def _backward(taken, tiles, grad, q, k, v, cos, sin, grad_q, grad_k, grad_v):
     """As `_forward`, from the gradient of its output; grad_k and grad_v are (batch, kv heads, seq, d)."""
     batch, heads, seq, half = q.shape
-    kv, group, wide = k.shape[1], heads // k.shape[1], (seq + 63) // 64 * 64
+    kv, group, wide = k.shape[1], heads // k.shape[1], _wide(seq)
     d = (2 * half + 31) // 32 * 32 if tiles else 2 * half
-    all_k = np.zeros((seq, half), np.uint32)
-    turned_k, turned_v = np.zeros(d // 2 * wide, np.uint32), np.zeros(d // 2 * wide, np.uint32)
-    joined_k = np.zeros(wide // 2 * d, np.uint32)
-    q_block, g_block = np.zeros((_QUERIES, d // 2), np.uint32), np.zeros(_QUERIES * d // 2, np.uint32)
-    joined_q, joined_g = np.zeros((_QUERIES // 2, d), np.uint32), np.zeros((_QUERIES // 2, d), np.uint32)
-    turned_q, turned_g = np.zeros(joined_q.size, np.uint32), np.zeros(joined_g.size, np.uint32)
-    scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
-    short_slopes = np.zeros(_QUERIES * wide // 2, np.uint32)
-    joined_weights, joined_slopes = np.zeros_like(short_slopes), np.zeros_like(short_slopes)
-    sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
-    sum_q, nothing = np.zeros(_QUERIES * d, np.float32), np.zeros(8, np.uint32)
-    parts, means = np.zeros(_QUERIES, np.float32), np.zeros(_QUERIES, np.float32)
+    all_k = _new_entries(seq * half).reshape(seq, half)
+    turned_k, turned_v = _new_entries(d // 2 * wide), _new_entries(d // 2 * wide)
+    joined_k = _new_entries(wide // 2 * d)
+    q_block, g_block = _new_entries(_QUERIES * d // 2).reshape(_QUERIES, d // 2), _new_entries(_QUERIES * d // 2)
+    joined_q, turned_q = _new_entries(_QUERIES // 2 * d).reshape(_QUERIES // 2, d), _new_entries(_QUERIES // 2 * d)
+    joined_g, turned_g = _new_entries(_QUERIES // 2 * d).reshape(_QUERIES // 2, d), _new_entries(_QUERIES // 2 * d)
+    scores, slopes = _new_floats(_QUERIES * wide), _new_floats(_QUERIES * wide)
+    short_slopes = _new_entries(_QUERIES * wide // 2)
+    joined_weights, joined_slopes = _new_entries(short_slopes.size), _new_entries(short_slopes.size)
+    sum_k, sum_v = _new_floats(wide * d), _new_floats(wide * d)
+    sum_q, nothing = _new_floats(_QUERIES * d), np.zeros((1, 8), np.uint32)
+    parts, means = _new_floats(_QUERIES), _new_floats(_QUERIES)
     scale = np.float32(1 / np.sqrt(2 * half))
-    short = short_slopes.view(np.uint16)
+    short, sixteen = short_slopes.view(np.uint16), _new_entries(LANES * d)
+    turned_sum_k = sum_k.view(np.uint32).reshape(d, wide)
+    turned_sum_v = sum_v.view(np.uint32).reshape(d, wide)
     if tiles:
         _set_tiles(True)
     while True:
@@ -605,9 +718,8 @@ def _backward(taken, tiles, grad, q, k, v, cos, sin, grad_q, grad_k, grad_v):
                     _scores(q_block.ravel(), turned_k, d // 2, scores, wide, rows, first)
                     _scores(g_block, turned_v, d // 2, slopes, wide, rows, first)
                 for i in range(rows):
-                    here = i * wide
-                    row, slope = scores[here : here + keys], slopes[here : here + keys]
-                    parts[i], means[i] = _lean(row, slope, first + i + 1, scale)
+                    row, seen = i * wide, first + i + 1
+                    parts[i], means[i] = _lean_short(scores, row, keys, seen, scale, scores, row, slopes, row)
                 scores[rows * wide :], slopes[rows * wide :] = np.float32(0), np.float32(0)
                 parts[rows:], means[rows:] = np.float32(0), np.float32(0)
                 _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, joined_weights, joined_slopes)
@@ -621,21 +733,13 @@ def _backward(taken, tiles, grad, q, k, v, cos, sin, grad_q, grad_k, grad_v):
                     _mix(short_slopes, wide // 2, 2, joined_k, d, sum_q, rows, first)
                     _gather(joined_weights, wide, 2, joined_g.ravel(), d, sum_v, rows, first)
                     _gather(joined_slopes, wide, 2, joined_q.ravel(), d, sum_k, rows, first)
-                _write(sum_q, d, grad_q[b, :, h], first, last)
-                if cos.size > 0:
-                    for i in range(first, last):
-                        turned = grad_q[b, i, h].view(np.uint32)
-                        _rotate(turned, cos[table, i], sin[table, i], np.float32(-1))
+                _write_rotated(sum_q, d, grad_q[b, :, h], first, last, cos[table], sin[table])
         if tiles:
-            _write_turned(sum_k, wide, grad_k[b, head])
-            _write_turned(sum_v, wide, grad_v[b, head])
+            _write_turned(turned_sum_k, wide, sixteen, grad_k[b, head], cos[table], sin[table])
+            _write_turned(turned_sum_v, wide, sixteen, grad_v[b, head], cos[table][:0], sin[table])
         else:
-            _write(sum_k, d, grad_k[b, head], 0, seq)
+            _write_rotated(sum_k, d, grad_k[b, head], 0, seq, cos[table], sin[table])
             _write(sum_v, d, grad_v[b, head], 0, seq)
-        if cos.size > 0:
-            for i in range(seq):
-                turned = grad_k[b, head, i].view(np.uint32)
-                _rotate(turned, cos[table, i], sin[table, i], np.float32(-1))
     if tiles:
         _set_tiles(False)
 
@@ -645,10 +749,10 @@ def _forward_wide(taken, q, k, v, out, parts):
     """`_forward` in float32, d numbers a row: nothing is rounded, and nothing joined."""
     batch, heads, seq, d = q.shape
     kv = k.shape[1]
-    group, wide = heads // kv, (seq + 63) // 64 * 64
-    turned_k, all_v = np.zeros(d * wide, np.float32), np.zeros(wide * d, np.float32)
-    block, scores = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES * wide, np.float32)
-    mixed, totals = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES, np.float32)
+    group, wide = heads // kv, _wide(seq)
+    turned_k, all_v = _new_floats(d * wide), _new_floats(wide * d)
+    block, scores = _new_floats(_QUERIES * d), _new_floats(_QUERIES * wide)
+    mixed, totals = _new_floats(_QUERIES * d), _new_floats(_QUERIES)
     scale = np.float32(1 / np.sqrt(d))
     while True:
         unit = atomic_add(taken, 0, 1)
@@ -664,8 +768,7 @@ def _forward_wide(taken, q, k, v, out, parts):
                 _copy(q[b, h], first, last, block, d)
                 _scores(block, turned_k, d, scores, wide, rows, first)
                 for i in range(rows):
-                    row = scores[i * wide : i * wide + keys]
-                    totals[i] = _weigh(row, first + i + 1, scale, row)
+                    totals[i] = _weigh(scores, i * wide, keys, first + i + 1, scale, scores, i * wide)
                 _mix(scores, wide, 1, all_v, d, mixed, rows, first)
                 for i in range(rows):
                     to, factor = out[b, first + i, h], np.float32(1) / totals[i]
@@ -678,12 +781,12 @@ def _backward_wide(taken, grad, q, k, v, grad_q, grad_k, grad_v):
     """`_backward` in float32."""
     batch, heads, seq, d = q.shape
     kv = k.shape[1]
-    group, wide = heads // kv, (seq + 63) // 64 * 64
-    turned_k, turned_v = np.zeros(d * wide, np.float32), np.zeros(d * wide, np.float32)
-    all_k, sum_q = np.zeros(wide * d, np.float32), np.zeros(_QUERIES * d, np.float32)
-    q_block, g_block = np.zeros(_QUERIES * d, np.float32), np.zeros(_QUERIES * d, np.float32)
-    scores, slopes = np.zeros(_QUERIES * wide, np.float32), np.zeros(_QUERIES * wide, np.float32)
-    sum_k, sum_v = np.zeros(wide * d, np.float32), np.zeros(wide * d, np.float32)
+    group, wide = heads // kv, _wide(seq)
+    turned_k, turned_v = _new_floats(d * wide), _new_floats(d * wide)
+    all_k, sum_q = _new_floats(wide * d), _new_floats(_QUERIES * d)
+    q_block, g_block = _new_floats(_QUERIES * d), _new_floats(_QUERIES * d)
+    scores, slopes = _new_floats(_QUERIES * wide), _new_floats(_QUERIES * wide)
+    sum_k, sum_v = _new_floats(wide * d), _new_floats(wide * d)
     scale = np.float32(1 / np.sqrt(d))
     while True:
         unit = atomic_add(taken, 0, 1)
