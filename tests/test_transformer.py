@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from llama_edu.config import LlamaConfig, RopeScaling, forward_flops_per_token, parameter_counts
@@ -306,6 +307,23 @@ def test_logits_of_many_positions_are_those_with_gradients(kind, tile, monkeypat
         watched = model._logits(hidden)
     assert seen == [((5, 211, 64), (5, 211, 300))]  # whoever looks on sees all of it once
     torch.testing.assert_close(watched, without, rtol=2**-7, atol=1e-3)
+
+
+def test_a_pass_under_autocast_rounds_the_output_matrix_once(monkeypatch):
+    """It is the largest of all. Asked with it for the dtype of a product, autocast made a copy of its own."""
+    monkeypatch.setattr("llama_edu.model.transformer._TILE", 64)
+    model, rounded = build(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._to_copy.default and args[0].shape == model.output.weight.shape:
+                rounded.append(kwargs["dtype"])
+            return op(*args, **(kwargs or {}))
+
+    tokens = torch.randint(300, (5, 211), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        model(tokens)
+    assert rounded == [torch.bfloat16]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what becomes of freed memory is glibc's affair")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -217,8 +218,10 @@ class Transformer(nn.Module):
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        low = output(x[:0]).dtype  # of a product without rows: what the weights or autocast make of it
-        return getattr(output, "bf16_weight", output.weight).to(low) if low.itemsize == 2 else None
+        if hasattr(output, "bf16_weight"):
+            return output.bf16_weight
+        low = F.linear(x[:0], output.weight[:0]).dtype  # what autocast makes of it, asked without a copy of all of it
+        return output.weight.to(low) if low.itemsize == 2 else None
 
     @classmethod
     def from_pretrained(
