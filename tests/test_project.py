@@ -122,6 +122,10 @@ def figure_without_alt(cells):
     cells[1].outputs = [nbformat.v4.new_output("display_data", data={"image/png": ""})]
 
 
+def ignored_output(cells):
+    cells[2].metadata["tags"] = ["nbval-ignore-output"]
+
+
 def stored_error(cells):
     cells[1].outputs = [nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[])]
 
@@ -133,12 +137,29 @@ def stored_error(cells):
         (clear_output, "no output is stored"),
         (trailing_semicolon, "ends in ';'"),
         (figure_without_alt, "without alt text"),
+        (ignored_output, "not compared at all"),
         (stored_error, "stored an error"),
     ],
 )
 def test_a_faulty_lesson_is_named(lesson, change, words):
     found = lesson(change)
     assert len(found) == 1 and words in found[0] and "99_a_lesson.ipynb" in found[0]
+
+
+@pytest.mark.slow
+def test_all_but_the_numbers_of_a_timing_is_compared(tmp_path):
+    v4, path = nbformat.v4, tmp_path / "97_timings.ipynb"
+    cells = []
+    for stored, tags in [("took 1,234.5 ms", ["timing"]), ("used 0.1 ms", ["timing"]), ("took 0.1 ms", [])]:
+        stream = v4.new_output("stream", name="stdout", text=stored + "\n")
+        cell = v4.new_code_cell("print('took   0.2 ms')", execution_count=len(cells) + 1, outputs=[stream])
+        cell.metadata["tags"] = tags
+        cells.append(cell)
+    lessons.write(v4.new_notebook(cells=cells), path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--nbval", "--nbval-current-env", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    failed = re.findall(r"^FAILED .*::Cell (\d)", done.stdout, re.M)
+    assert failed == ["1", "2"] and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_module_that_differs_from_its_lesson_is_named(tmp_path, monkeypatch):

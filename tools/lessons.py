@@ -144,6 +144,8 @@ def faults(path: Path) -> list[str]:
         tags = cell.metadata.get("tags", [])
         if any(o.output_type == "error" for o in cell.outputs) and "raises-exception" not in tags:
             found.append(f"{where} stored an error")
+        if "nbval-ignore-output" in tags:
+            found.append(f"{where} is not compared at all: the tag timing leaves out the numbers only")
         if re.search(r";\s*$", cell.source):
             found.append(f"{where} ends in ';', which nbval does not honour: assign to _ instead")
         if shows_something(cell.source) and not cell.outputs:
