@@ -581,10 +581,7 @@ def _write_rotated(x, row, out, first, last, cos, sin):
 
 @compiled
 def _write_turned(x, row, part, out, cos, sin):
-    """Columns of float32 to the rows of out, by way of `part`, 16 rows; turned back by the angles, if there are tables.
-
-    As `_write_rotated`, which takes 16 rows of as many numbers.
-    """
+    """`_write_rotated` of float32 whose columns are the rows of out; `part` holds 16 of these at a time."""
     seq, d = out.shape
     for first in range(0, seq, LANES):
         for p in range(0, LANES, 4):
@@ -597,7 +594,7 @@ def _write_turned(x, row, part, out, cos, sin):
 def _wide(seq):
     """Numbers from row to row of a table over `seq` keys: whole vectors, and not a power of 2.
 
-    Rows at such distances share few places of the cache, and the 16 of a tile would drive each other out.
+    Rows a power of 2 apart share few places of the cache, and the 16 of a tile would drive each other out.
     """
     return (seq + 63) // 64 * 64 + 32
 
