@@ -123,9 +123,8 @@ def to_bf16(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 @cache
 def _powers_of_two(degree: int) -> list[float]:
     """Coefficients of a polynomial for 2 to the f, |f| <= 1/2, that is 1 at 0 and off by about the same everywhere."""
-    beside = lambda f: f + 1e-12  # the middle of the range is 0, where there is no quotient
-    slope = lambda f: np.expm1(math.log(2) * beside(f)) / beside(f)
-    slope = Chebyshev.interpolate(slope, degree - 1, domain=[-0.5, 0.5])
+    slope = lambda f: np.expm1(math.log(2) * f) / f
+    slope = Chebyshev.interpolate(slope, degree - 1, domain=[-0.5, 0.5 + 1e-9])  # its middle is not 0, where none is
     return [1.0, *slope.convert(kind=Polynomial).coef.tolist()]
 
 

@@ -257,11 +257,11 @@ def _gather_by_tiles(weights, wide, turned, d, sums, rows, first):
 # 64, so what is done to rows of it is written in vectors here.
 
 
-def _row_spot(context, b, signature, args, array: int, kind: ir.Type) -> ir.Value:
-    """A pointer to row args[array + 1], column args[array + 2] of a matrix, whose rows need not follow each other."""
+def _row_spot(context, b, signature, args, array: int, row: int, column: int, kind: ir.Type) -> ir.Value:
+    """A pointer to row args[row], column args[column] of a matrix, whose rows need not follow each other."""
     x = context.make_array(signature.args[array])(context, b, args[array])
-    places = zip(args[array + 1 : array + 3], cgutils.unpack_tuple(b, x.strides))
-    return address(b, x.data, reduce(b.add, [b.mul(place, stride) for place, stride in places]), kind)
+    by_row, by_column = cgutils.unpack_tuple(b, x.strides)
+    return address(b, x.data, b.add(b.mul(args[row], by_row), b.mul(args[column], by_column)), kind)
 
 
 @intrinsic
@@ -269,7 +269,7 @@ def _move(typingctx, x, row, p, out, at):
     """Copy 8 entries."""
 
     def codegen(context, b, signature, args):
-        source = _row_spot(context, b, signature, args, 0, vector(I32, 8))
+        source = _row_spot(context, b, signature, args, 0, 1, 2, vector(I32, 8))
         b.store(b.load(source, align=4), pointer(context, b, signature, args, 3, 4, vector(I32, 8)), align=4)
         return context.get_dummy_value()
 
@@ -281,7 +281,8 @@ def _join(typingctx, x, even, p, y, odd, q, out, at):
     """8 pairs of a row of x, from place p, and of a row of y become 16 pairs of numbers, one below the other."""
 
     def codegen(context, b, signature, args):
-        even, odd = (b.load(_row_spot(context, b, signature, args, i, vector(I16)), align=4) for i in (0, 3))
+        rows = (_row_spot(context, b, signature, args, i, i + 1, i + 2, vector(I16)) for i in (0, 3))
+        even, odd = (b.load(row, align=4) for row in rows)
         turns = ir.Constant(vector(I32, 2 * LANES), [i // 2 + LANES * (i % 2) for i in range(2 * LANES)])
         to = pointer(context, b, signature, args, 6, 7, vector(I16, 2 * LANES))
         b.store(b.shuffle_vector(even, odd, turns), to, align=4)
@@ -311,10 +312,9 @@ def _turn_16(typingctx, x, row, p, out, at, width):
 
     def codegen(context, b, signature, args):
         x, four = context.make_array(signature.args[0])(context, b, args[0]), vector(I32, 4)
-        by_row, by_column = cgutils.unpack_tuple(b, x.strides)
         join = lambda x, y, order: b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
-        corner = b.add(b.mul(args[1], by_row), b.mul(args[2], by_column))
-        rows = [address(b, x.data, b.add(corner, b.mul(by_row, ir.Constant(I64, j))), four) for j in range(LANES)]
+        corner, by_row = _row_spot(context, b, signature, args, 0, 1, 2, four), b.extract_value(x.strides, 0)
+        rows = [address(b, corner, b.mul(by_row, ir.Constant(I64, j)), four) for j in range(LANES)]
         rows = [b.load(row, align=4) for row in rows]
         one_in_four = []  # each quarter of a vector is of another row: 0, 4, 8 and 12, or the next
         for j in range(4):
@@ -378,22 +378,22 @@ def _write(x, row, out, first, last):
             _store(x, (i - first) * row + c, out[i], c, np.float32(1))
 
 
-def _weigh_row(context, b, signature, args, degree: int, slope: int | None = None) -> tuple[ir.Value, ir.Value]:
-    """To `out`, which may be `row`: e to the scaled scores, less the largest. Their sum, and that of them times slopes.
+def _weigh_row(context, b, signature, args, degree: int, out: int, slope: int | None = None) -> tuple[ir.Value, ...]:
+    """To args[out], which may be the row: e to the scaled scores, less the largest. Their sum, and that times slopes.
 
-    The first arguments are row, at, keys, seen, scale, out and its `at`. Of `keys` numbers, a multiple of 64, all but
-    up to 63 are seen; what is not gets 0, and so does its slope. `degree` is that of `native.exp2`; `slope` the place
-    of the argument, if there is one. In vectors: a compiler that prefers the shorter ones takes twice as long.
+    The first arguments are row, at, keys, seen and scale; behind `out` and `slope` stands where theirs begin. Of `keys`
+    numbers, a multiple of 64, all but up to 63 are seen; what is not gets 0, and so does its slope. `degree` is that of
+    `native.exp2`. In vectors: a compiler that prefers the shorter ones takes twice as long.
     """
     _, _, keys, seen, scale, *_ = args
     starts, const = range(0, 64, LANES), lambda v: ir.Constant(I64, v)
-    short = signature.args[5].dtype != types.float32
+    short = signature.args[out].dtype != types.float32
     tail = b.sub(keys, const(64))
 
     def spot(array: int, first: ir.Value, start: int) -> ir.Value:
         data = context.make_array(signature.args[array])(context, b, args[array]).data
         place = b.add(b.add(args[array + 1], first), const(start))
-        return b.bitcast(b.gep(data, [place]), vector(I16 if array == 5 and short else F32).as_pointer())
+        return b.bitcast(b.gep(data, [place]), vector(I16 if array == out and short else F32).as_pointer())
 
     def keep_seen(array: int, start: int, otherwise: float) -> ir.Value:
         lanes = ir.Constant(vector(I32), list(range(start, start + LANES)))
@@ -423,12 +423,12 @@ def _weigh_row(context, b, signature, args, degree: int, slope: int | None = Non
             y = b.call(fma, [b.load(spot(0, first, start), align=4), scale, shift])
             y = b.select(b.fcmp_ordered("<", y, splat(F32, -125.0)), splat(F32, -125.0), y)  # NaN stays
             e = exp2(b, y, degree)
-            b.store(to_bf16(b, e) if short else e, spot(5, first, start), align=2)
+            b.store(to_bf16(b, e) if short else e, spot(out, first, start), align=2)
             b.store(b.fadd(b.load(total), e), total)
             if slope is not None:
                 b.store(b.call(fma, [e, b.load(spot(slope, first, start), align=4), b.load(mean)]), mean)
     for start in starts:
-        keep_seen(5, start, 0)
+        keep_seen(out, start, 0)
     add = ir.FunctionType(F32, [F32, best.type])
     add = cgutils.get_or_insert_function(b.module, add, "llvm.vector.reduce.fadd.v16f32")
     sums = [reduce(b.fadd, [b.load(part) for part in parts]) for parts in sums]
@@ -441,7 +441,7 @@ def _weigh(typingctx, row, at, keys, seen, scale, out, o_at):
     degree, whole = 5 if out.dtype == types.float32 else 3, types.int64
 
     def codegen(context, b, signature, args):
-        return _weigh_row(context, b, signature, args, degree)[0]
+        return _weigh_row(context, b, signature, args, degree, out=5)[0]
 
     return types.float32(row, whole, whole, whole, types.float32, out, whole), codegen
 
@@ -450,14 +450,14 @@ def _leaning(degree: int) -> Callable:
     """A numba function: `_weigh_row` in place. Returns 1 / the sum, and the mean slope."""
 
     @intrinsic
-    def lean(typingctx, row, at, keys, seen, scale, out, o_at, slope, s_at):
+    def lean(typingctx, row, at, keys, seen, scale, slope, s_at):
         def codegen(context, b, signature, args):
-            total, mean = _weigh_row(context, b, signature, args, degree, slope=7)
+            total, mean = _weigh_row(context, b, signature, args, degree, out=0, slope=5)
             values = [b.fdiv(ir.Constant(F32, 1.0), total), b.fdiv(mean, total)]
             return context.make_tuple(b, signature.return_type, values)
 
         whole, two = types.int64, types.UniTuple(types.float32, 2)
-        return two(row, whole, whole, whole, types.float32, out, whole, slope, whole), codegen
+        return two(row, whole, whole, whole, types.float32, slope, whole), codegen
 
     return lean
 
@@ -468,7 +468,7 @@ _lean, _lean_short = _leaning(5), _leaning(3)  # for weights that stay float32, 
 @compiled
 def _slopes(row, slope, seen, scale):
     """From scores, and the gradient of the weights, to the weights and the gradient of the scores; in place."""
-    part, mean = _lean(row, 0, row.size, seen, scale, row, 0, slope, 0)
+    part, mean = _lean(row, 0, row.size, seen, scale, slope, 0)
     for j in range(row.size):
         row[j] *= part
         slope[j] = row[j] * (slope[j] - mean) * scale
@@ -513,20 +513,19 @@ def _rotation(n: int) -> Callable:
     """A numba function: copy n pairs of bfloat16 from row i of x, place p, turned by the angles in row i, place p."""
 
     @intrinsic
-    def rotate(typingctx, x, i, p, cos, c_row, c_at, sin, s_row, s_at, out, at):
+    def rotate(typingctx, x, i, p, cos, sin, out, at):
         def codegen(context, b, signature, args):
-            spot = lambda array, kind: _row_spot(context, b, signature, args, array, vector(kind, n))
-            cos, sin, both = (b.load(spot(*place), align=4) for place in ((3, F32), (6, F32), (0, I32)))
+            spot = lambda array, kind: _row_spot(context, b, signature, args, array, 1, 2, vector(kind, n))
+            cos, sin, both = (b.load(spot(*array), align=4) for array in ((3, F32), (4, F32), (0, I32)))
             x = b.bitcast(b.shl(both, splat(I32, 16, n)), vector(F32, n))
             y = b.bitcast(b.and_(both, splat(I32, 0xFFFF0000, n)), vector(F32, n))
             turned = b.fsub(b.fmul(x, cos), b.fmul(y, sin)), b.fadd(b.fmul(x, sin), b.fmul(y, cos))
             low, high = (b.zext(to_bf16(b, number), vector(I32, n)) for number in turned)
-            to = pointer(context, b, signature, args, 9, 10, vector(I32, n))
+            to = pointer(context, b, signature, args, 5, 6, vector(I32, n))
             b.store(b.or_(low, b.shl(high, splat(I32, 16, n))), to, align=4)
             return context.get_dummy_value()
 
-        place = types.int64, types.int64
-        return types.void(x, *place, cos, *place, sin, *place, out, types.int64), codegen
+        return types.void(x, types.int64, types.int64, cos, sin, out, types.int64), codegen
 
     return rotate
 
@@ -544,28 +543,28 @@ def _copy_rotated(x, first, last, out, row, cos, sin):
     for i in range(first, last):
         at = (i - first) * row
         for p in range(0, whole, LANES):
-            _rotate_16(x, i, p, cos, i, p, sin, i, p, out, at + p)
+            _rotate_16(x, i, p, cos, sin, out, at + p)
         if whole < x.shape[1]:
-            _rotate_8(x, i, whole, cos, i, whole, sin, i, whole, out, at + whole)
+            _rotate_8(x, i, whole, cos, sin, out, at + whole)
 
 
 @intrinsic
-def _store_rotated(typingctx, x, at, out, row, column, cos, c_row, c_at, sin, s_row, s_at):
-    """8 pairs of float32, turned back by their angles, to a row of bfloat16."""
+def _store_rotated(typingctx, x, at, out, i, c, cos, sin, p):
+    """8 pairs of float32 to row i of bfloat16, place c, turned back by the angles in row i, place p."""
 
     def codegen(context, b, signature, args):
-        spot = lambda array, kind: _row_spot(context, b, signature, args, array, kind)
+        spot = lambda array, column, kind: _row_spot(context, b, signature, args, array, 3, column, kind)
         order = lambda x, places: b.shuffle_vector(x, x, ir.Constant(vector(I32), places))
         twice = [i // 2 for i in range(LANES)]
-        cos, sin = (order(b.load(spot(array, vector(F32, 8)), align=4), twice) for array in (5, 8))
+        cos, sin = (order(b.load(spot(array, 7, vector(F32, 8)), align=4), twice) for array in (5, 6))
         x = b.load(pointer(context, b, signature, args, 0, 1, vector(F32)), align=4)
         across = b.fmul(order(x, [i ^ 1 for i in range(LANES)]), ir.Constant(vector(F32), [1.0, -1.0] * 8))
         turned = b.fadd(b.fmul(x, cos), b.fmul(across, sin))
-        b.store(to_bf16(b, turned), spot(2, vector(I16)), align=2)
+        b.store(to_bf16(b, turned), spot(2, 4, vector(I16)), align=2)
         return context.get_dummy_value()
 
-    place = types.int64, types.int64
-    return types.void(x, types.int64, out, *place, cos, *place, sin, *place), codegen
+    whole = types.int64
+    return types.void(x, whole, out, whole, whole, cos, sin, whole), codegen
 
 
 @compiled
@@ -576,7 +575,7 @@ def _write_rotated(x, row, out, first, last, cos, sin):
         return
     for i in range(first, last):
         for c in range(0, out.shape[1], LANES):
-            _store_rotated(x, (i - first) * row + c, out, i, c, cos, i, c // 2, sin, i, c // 2)
+            _store_rotated(x, (i - first) * row + c, out, i, c, cos, sin, c // 2)
 
 
 @compiled
@@ -716,7 +715,7 @@ def _backward(taken, tiles, grad, q, k, v, cos, sin, grad_q, grad_k, grad_v):
                     _scores(g_block, turned_v, d // 2, slopes, wide, rows, first)
                 for i in range(rows):
                     row, seen = i * wide, first + i + 1
-                    parts[i], means[i] = _lean_short(scores, row, keys, seen, scale, scores, row, slopes, row)
+                    parts[i], means[i] = _lean_short(scores, row, keys, seen, scale, slopes, row)
                 scores[rows * wide :], slopes[rows * wide :] = np.float32(0), np.float32(0)
                 parts[rows:], means[rows:] = np.float32(0), np.float32(0)
                 _slopes_in_pairs(scores, slopes, wide, keys, parts, means, scale, short, joined_weights, joined_slopes)

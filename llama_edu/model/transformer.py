@@ -211,15 +211,15 @@ class Transformer(nn.Module):
 
     def _narrow_matrix(self, x: Tensor) -> Tensor | None:
         """The matrix in 16 bits whose product with x is the scores, on a CPU without gradients if nobody watches."""
-        output = self.output
+        output, copy = self.output, getattr(self.output, "bf16_weight", None)
         watched = output._forward_hooks or output._forward_pre_hooks or "forward" in vars(output)
-        plain = (type(output) is nn.Linear and output.bias is None) or hasattr(output, "bf16_weight")
+        plain = copy is not None or (type(output) is nn.Linear and output.bias is None)
         if watched or not plain or type(x) is not Tensor or x.device.type != "cpu":
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if hasattr(output, "bf16_weight"):
-            return output.bf16_weight
+        if copy is not None:
+            return copy
         low = F.linear(x[:0], output.weight[:0]).dtype  # what autocast makes of it, asked without a copy of all of it
         return output.weight.to(low) if low.itemsize == 2 else None
 
